@@ -1,0 +1,394 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"math"
+	"net/http"
+	"net/netip"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/crypto/argon2"
+)
+
+// A session lasts from a log-in until it is logged out or expires. Its refresh
+// token is known to the client alone.
+type session struct {
+	Key     string `json:"key"` // SHA-256 of the refresh token, in hex
+	UserID  string `json:"user"`
+	Start   int64  `json:"start,omitempty"`   // seconds since 1970
+	Expires int64  `json:"expires,omitempty"` // seconds since 1970
+}
+
+var (
+	errWrongLogIn   = errors.New("wrong e-mail or password")
+	errRefreshToken = errors.New("the refresh token is unknown, expired or logged out")
+	errBusy         = errors.New("too many people are logging in just now; try again in a moment")
+)
+
+// refresh answers POST /access-tokens/refresh. A refresh token that is no good
+// is a 400, as for any token endpoint (RFC 6749 §5.2); clients answer a 401
+// with a refresh, for ever.
+func (s *server) refresh(w http.ResponseWriter, r *http.Request) error {
+	in, err := readInput(r)
+	if err != nil {
+		return err
+	}
+	token := in.secret("refresh_token", maxBody)
+	if err := in.err(); err != nil {
+		return err
+	}
+	session, u, ok := s.store.session(keyOf(token))
+	if !ok || time.Now().Unix() >= session.Expires {
+		return errRefreshToken
+	}
+	return s.writeTokens(w, http.StatusOK, u, "")
+}
+
+// logIn answers POST /access-tokens.
+func (s *server) logIn(w http.ResponseWriter, r *http.Request) error {
+	in, err := readInput(r)
+	if err != nil {
+		return err
+	}
+	email := in.text("email", maxEmail)
+	password := in.secret("password", maxPassword)
+	if err := in.err(); err != nil {
+		return err
+	}
+	u, err := s.authenticate(r, email, password)
+	if err != nil {
+		return err
+	}
+	refreshToken, session := s.newSession(u)
+	if err := s.store.logIn(session); err != nil {
+		return err
+	}
+	return s.writeTokens(w, http.StatusCreated, u, refreshToken)
+}
+
+// authenticate finds the user who has this e-mail and password. An unknown
+// e-mail costs the same hash as a wrong password, so that time does not tell
+// them apart.
+func (s *server) authenticate(r *http.Request, email, password string) (user, error) {
+	guesser := guesserOf(r, email)
+	if err := s.guesses.check(guesser); err != nil {
+		return user{}, err
+	}
+	u, known := s.store.userByEmail(email)
+	if !known {
+		u.Password = noPassword
+	}
+	return u, s.hashing.do(r.Context(), func() error {
+		// Again, as those before in the line may have failed.
+		if err := s.guesses.check(guesser); err != nil {
+			return err
+		}
+		if !isPassword(password, u.Password) {
+			s.guesses.failed(guesser)
+			return errWrongLogIn
+		}
+		s.guesses.succeeded(guesser)
+		return nil
+	})
+}
+
+// logOut answers DELETE /access-tokens. It ends the refresh token that is
+// given, in the query or the body, and the access token that it came with.
+func (s *server) logOut(w http.ResponseWriter, r *http.Request, u user) error {
+	in, err := parseQuery(r.URL.RawQuery)
+	if err == nil && !in.has("refresh_token") {
+		in, err = readInput(r)
+	}
+	if err != nil {
+		return err
+	}
+	token := in.secret("refresh_token", maxBody)
+	if err := in.err(); err != nil {
+		return err
+	}
+	if err := s.store.logOut(u.ID, keyOf(token)); err != nil {
+		return err
+	}
+	s.tokens.revoke(accessToken(r.Header))
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// writeTokens answers a new access token and, unless it is empty, the refresh
+// token.
+func (s *server) writeTokens(w http.ResponseWriter, status int, u user, refreshToken string) error {
+	token, err := s.tokens.sign(claims{UserID: u.ID, Email: u.Email, Name: u.Name})
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, status, struct {
+		JWT          string `json:"jwt"`
+		RefreshToken string `json:"refresh_token,omitempty"`
+	}{token, refreshToken})
+}
+
+// newSession makes a session for u that starts now, and its refresh token.
+func (s *server) newSession(u user) (refreshToken string, _ session) {
+	random := make([]byte, 50)
+	rand.Read(random) // never fails
+	refreshToken = hex.EncodeToString(random)
+	now := time.Now()
+	return refreshToken, session{keyOf(refreshToken), u.ID, now.Unix(), now.Add(s.refreshTTL).Unix()}
+}
+
+// keyOf is what the store knows of a refresh token. It needs no salt: nobody
+// can guess 50 random bytes.
+func keyOf(refreshToken string) string {
+	sum := sha256.Sum256([]byte(refreshToken))
+	return hex.EncodeToString(sum[:])
+}
+
+// caller returns the user whose access token came with the request.
+func (s *server) caller(r *http.Request) (user, error) {
+	g, err := s.tokens.verify(accessToken(r.Header))
+	if err != nil {
+		return user{}, err
+	}
+	u, ok := s.store.user(g.userID)
+	if !ok {
+		return user{}, errToken
+	}
+	return u, nil
+}
+
+// accessToken returns the token in X-Access-Token, or else in Authorization
+// (RFC 6750 §2.1). A header that comes twice holds none.
+func accessToken(h http.Header) string {
+	tokens, credentials := h["X-Access-Token"], h["Authorization"]
+	switch {
+	case len(tokens) == 1:
+		token, _ := cutBearer(tokens[0])
+		return token
+	case len(tokens) == 0 && len(credentials) == 1:
+		if token, ok := cutBearer(credentials[0]); ok {
+			return token
+		}
+	}
+	return ""
+}
+
+// cutBearer cuts off the scheme, which is in any case (RFC 9110 §11.1).
+func cutBearer(s string) (token string, ok bool) {
+	scheme, token, _ := strings.Cut(s, " ")
+	if !strings.EqualFold(scheme, "Bearer") {
+		return s, false
+	}
+	return strings.TrimLeft(token, " "), true
+}
+
+// jwks answers GET /.well-known/jwks.json (RFC 7517 §5): with it others can
+// verify tokens, and not make them, which is what RS256 is for.
+func (s *server) jwks(w http.ResponseWriter, _ *http.Request) error {
+	return writeJSON(w, http.StatusOK, map[string]any{"keys": []jwk{s.tokens.publicKey()}})
+}
+
+// The cost of a hash is what OWASP's Password Storage Cheat Sheet asks for:
+// 19 MiB, and 26 ms. It stands in each hash, so that it can be raised here.
+const (
+	argonMemory  = 19_456 // KiB
+	argonTime    = 2
+	argonThreads = 1
+	argonFormat  = "$argon2id$v=%d$m=%d,t=%d,p=%d$"
+)
+
+// noPassword costs as much as any hash, and is that of no password.
+const noPassword = "$argon2id$v=19$m=19456,t=2,p=1$AAAAAAAAAAAAAAAAAAAAAA$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+
+// hashPassword makes what is kept of a password, in the PHC string format
+// (https://github.com/P-H-C/phc-string-format).
+func (s *server) hashPassword(ctx context.Context, password string) (hash string, err error) {
+	err = s.hashing.do(ctx, func() error {
+		salt := make([]byte, 16)
+		rand.Read(salt) // never fails
+		sum := argon2.IDKey([]byte(password), salt, argonTime, argonMemory, argonThreads, 32)
+		encode := base64.RawStdEncoding.EncodeToString
+		hash = fmt.Sprintf(argonFormat, argon2.Version, argonMemory, argonTime, argonThreads) +
+			encode(salt) + "$" + encode(sum)
+		return nil
+	})
+	return hash, err
+}
+
+// isPassword reports whether hash was made of password.
+func isPassword(password, hash string) bool {
+	var (
+		version      int
+		memory, time uint32
+		threads      uint8
+		rest         string
+	)
+	if _, err := fmt.Sscanf(hash, argonFormat+"%s", &version, &memory, &time, &threads, &rest); err != nil {
+		return false
+	}
+	encodedSalt, encodedSum, _ := strings.Cut(rest, "$")
+	salt, _ := base64.RawStdEncoding.DecodeString(encodedSalt)
+	want, _ := base64.RawStdEncoding.DecodeString(encodedSum)
+	got := argon2.IDKey([]byte(password), salt, time, memory, threads, uint32(len(want)))
+	return subtle.ConstantTimeCompare(got, want) == 1
+}
+
+// A gate lets few hashes be computed at a time, and few people wait for it.
+// With no gate, 48 people who log in at once stop everybody else, and take
+// 1 GB of memory.
+type gate struct {
+	line  chan struct{} // all who are in, at work or waiting
+	slots chan struct{} // those at work
+}
+
+// newGate leaves a core to everything else, if there are two.
+func newGate() gate {
+	const waiting = 100
+	slots := max(1, runtime.GOMAXPROCS(0)-1)
+	return gate{line: make(chan struct{}, slots+waiting), slots: make(chan struct{}, slots)}
+}
+
+// do runs work as soon as there is a slot. It returns errBusy if the line is
+// full or the wait too long.
+func (g gate) do(ctx context.Context, work func() error) error {
+	select {
+	case g.line <- struct{}{}:
+		defer func() { <-g.line }()
+	default:
+		return errBusy
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	select {
+	case g.slots <- struct{}{}:
+		defer func() { <-g.slots }()
+		return work()
+	case <-ctx.Done(): // also when the client has gone
+		return errBusy
+	}
+}
+
+// guesses throttles failed log-ins: after ten, a guesser must wait, and each
+// further failure doubles the wait. Others log in as ever.
+type guesses struct {
+	mu   sync.Mutex
+	made map[guesser]failures
+}
+
+// A guesser is somebody at one address who tries one e-mail, known or not.
+type guesser struct {
+	email  string
+	client netip.Prefix
+}
+
+type failures struct {
+	count int
+	until time.Time // no attempt before
+}
+
+// guesserOf goes by the address of the connection: what a client says of
+// itself, as in X-Forwarded-For, would be a way around.
+func guesserOf(r *http.Request, email string) guesser {
+	from, _ := netip.ParseAddrPort(r.RemoteAddr)
+	addr, bits := from.Addr().Unmap(), 32
+	if addr.Is6() {
+		bits = 64 // what one household has (RFC 6177)
+	}
+	client, _ := addr.Prefix(bits)
+	return guesser{strings.ToLower(email), client}
+}
+
+// A throttledError is the time that a guesser has yet to wait.
+type throttledError time.Duration
+
+func (e throttledError) Error() string {
+	return "too many failed log-ins; try again in " + e.seconds() + " seconds"
+}
+
+func (e throttledError) seconds() string {
+	return strconv.Itoa(int(math.Ceil(time.Duration(e).Seconds())))
+}
+
+func (g *guesses) check(who guesser) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if wait := time.Until(g.made[who].until); wait > 0 {
+		return throttledError(wait)
+	}
+	return nil
+}
+
+func (g *guesses) failed(who guesser) {
+	const (
+		forgetAfter = time.Hour
+		limit       = 50_000 // 20 MB; to make as many takes longer than to wait
+	)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	f, known := g.made[who]
+	if !known && len(g.made) >= limit {
+		clear(g.made)
+	}
+	if time.Since(f.until) > forgetAfter {
+		f.count = 0
+	}
+	f.count++
+	f.until = time.Now().Add(waitAfter(f.count))
+	g.made[who] = f
+}
+
+// waitAfter is 30 seconds after ten failures, and doubles up to 15 minutes.
+func waitAfter(failures int) time.Duration {
+	switch n := failures - 10; {
+	case n < 0:
+		return 0
+	case n < 5:
+		return 30 * time.Second << n
+	}
+	return 15 * time.Minute
+}
+
+func (g *guesses) succeeded(who guesser) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.made, who)
+}
+
+// maxSessions is how many a user can have; then the oldest ends.
+const maxSessions = 100
+
+// addSession applies a log-in. What has expired goes by the times in the
+// records, so that a recovery comes to the same.
+func (m *memory) addSession(s session) error {
+	_, twice := m.sessions[s.Key]
+	if _, known := m.users[s.UserID]; twice || !known {
+		return errContradiction
+	}
+	mine := m.logIns[s.UserID]
+	for len(mine) > 0 && (len(mine) >= maxSessions || m.sessions[mine[0]].Expires <= s.Start) {
+		delete(m.sessions, mine[0])
+		mine = mine[1:]
+	}
+	m.sessions[s.Key] = s
+	m.logIns[s.UserID] = append(mine, s.Key)
+	return nil
+}
+
+// removeSession applies a log-out. There may be nothing to end.
+func (m *memory) removeSession(userID, key string) {
+	if m.sessions[key].UserID == userID {
+		delete(m.sessions, key)
+		m.logIns[userID] = slices.DeleteFunc(m.logIns[userID], func(k string) bool { return k == key })
+	}
+}

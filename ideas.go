@@ -1,0 +1,256 @@
+package main
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// An idea is what a client gets, and what the store keeps. Once stored it is
+// never changed, only replaced, so a reader may use it without a lock.
+type idea struct {
+	ID         string  `json:"id"`
+	Content    string  `json:"content"`
+	Impact     int     `json:"impact"`
+	Ease       int     `json:"ease"`
+	Confidence int     `json:"confidence"`
+	Average    average `json:"average_score"`
+	Created    int64   `json:"created_at"` // seconds since 1970
+
+	Owner string `json:"owner,omitempty"` // a user's id; in the files only
+	json  []byte // what the client gets, see seal
+}
+
+// An average is always written with a decimal point: 8.0, 6.333333333333333.
+type average float64
+
+func (a average) MarshalJSON() ([]byte, error) {
+	s := strconv.FormatFloat(float64(a), 'f', -1, 64)
+	if !strings.Contains(s, ".") {
+		s += ".0"
+	}
+	return []byte(s), nil
+}
+
+const pageSize = 10
+
+var errNoIdea = errors.New("you have no such idea")
+
+// createIdea answers POST /ideas.
+func (s *server) createIdea(w http.ResponseWriter, r *http.Request, u user) error {
+	i, err := readIdea(r)
+	if err != nil {
+		return err
+	}
+	i.ID, i.Owner, i.Created = s.store.newID(), u.ID, time.Now().Unix()
+	if err := i.seal(); err != nil {
+		return err
+	}
+	if err := s.store.createIdea(i); err != nil {
+		return err
+	}
+	writeBody(w, http.StatusCreated, i.json)
+	return nil
+}
+
+// deleteIdea answers DELETE /ideas/{id}.
+func (s *server) deleteIdea(w http.ResponseWriter, r *http.Request, u user) error {
+	if err := s.store.deleteIdea(u.ID, r.PathValue("id")); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// listIdeas answers GET /ideas with one page.
+func (s *server) listIdeas(w http.ResponseWriter, r *http.Request, u user) error {
+	in, err := parseQuery(r.URL.RawQuery)
+	if err != nil {
+		return err
+	}
+	page := 1
+	if in.has("page") {
+		page = in.integer("page", math.MaxInt, "must be an integer above 0")
+	}
+	if err := in.err(); err != nil {
+		return err
+	}
+	ideas, total := s.store.pageOfIdeas(u.ID, page)
+	body := []byte{'['}
+	for n, i := range ideas {
+		if n > 0 {
+			body = append(body, ',')
+		}
+		body = append(body, i.json...)
+	}
+	w.Header().Set("Link", links(page, total))
+	writeBody(w, http.StatusOK, append(body, ']'))
+	return nil
+}
+
+// links names the pages beside this one (RFC 8288).
+func links(page, total int) string {
+	last := max(1, (total+pageSize-1)/pageSize)
+	link := func(page int, relation string) string {
+		return "</ideas?page=" + strconv.Itoa(page) + `>; rel="` + relation + `"`
+	}
+	all := link(1, "first")
+	if page > 1 {
+		all += ", " + link(min(page-1, last), "prev")
+	}
+	if page < last {
+		all += ", " + link(page+1, "next")
+	}
+	return all + ", " + link(last, "last")
+}
+
+// updateIdea answers PUT /ideas/{id}.
+func (s *server) updateIdea(w http.ResponseWriter, r *http.Request, u user) error {
+	i, err := readIdea(r)
+	if err != nil {
+		return err
+	}
+	old, err := s.store.idea(u.ID, r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	i.ID, i.Owner, i.Created = old.ID, old.Owner, old.Created
+	if err := i.seal(); err != nil {
+		return err
+	}
+	if err := s.store.updateIdea(i); err != nil {
+		return err
+	}
+	writeBody(w, http.StatusOK, i.json)
+	return nil
+}
+
+// readIdea reads what a client may say of an idea.
+func readIdea(r *http.Request) (*idea, error) {
+	in, err := readInput(r)
+	if err != nil {
+		return nil, err
+	}
+	i := &idea{
+		Content:    in.text("content", maxContent),
+		Impact:     in.score("impact"),
+		Ease:       in.score("ease"),
+		Confidence: in.score("confidence"),
+	}
+	return i, in.err()
+}
+
+const (
+	maxContent = 255 // characters
+	maxScore   = 10
+)
+
+func (in *input) score(name string) int {
+	return in.integer(name, maxScore, fmt.Sprintf("must be an integer from 1 to %d", maxScore))
+}
+
+// seal makes all that follows from the rest: the average, and the JSON, which
+// is then served as often as it is asked for.
+func (i *idea) seal() (err error) {
+	i.Average = average(i.sum()) / 3
+	sealed := *i
+	sealed.Owner = ""
+	i.json, err = json.Marshal(sealed)
+	return err
+}
+
+func (i *idea) sum() int { return i.Impact + i.Ease + i.Confidence }
+
+// inListOrder puts the highest average first, and of equals the newest.
+func inListOrder(a, b *idea) int {
+	return cmp.Or(cmp.Compare(b.sum(), a.sum()), strings.Compare(b.ID, a.ID))
+}
+
+// addIdea applies a creation.
+func (m *memory) addIdea(i *idea) error {
+	_, twice := m.ideas[i.ID]
+	_, known := m.users[i.Owner]
+	if twice || !known {
+		return errContradiction
+	}
+	if err := i.complete(); err != nil {
+		return err
+	}
+	m.ideas[i.ID] = i
+	m.listIdea(i)
+	m.sawID(i.ID)
+	return nil
+}
+
+// complete checks and seals an idea that comes from a file.
+func (i *idea) complete() error {
+	if i.json != nil {
+		return nil // it comes from a handler
+	}
+	for _, score := range []int{i.Impact, i.Ease, i.Confidence} {
+		if score < 1 || score > maxScore {
+			return errContradiction
+		}
+	}
+	if !isID(i.ID) || i.Content == "" {
+		return errContradiction
+	}
+	return i.seal()
+}
+
+// replaceIdea applies an update.
+func (m *memory) replaceIdea(i *idea) error {
+	if err := i.complete(); err != nil {
+		return err
+	}
+	if err := m.removeIdea(i.Owner, i.ID); err != nil {
+		return err
+	}
+	m.ideas[i.ID] = i
+	m.listIdea(i)
+	return nil
+}
+
+// removeIdea applies a deletion.
+func (m *memory) removeIdea(owner, id string) error {
+	i, err := m.findIdea(owner, id)
+	if err != nil {
+		return err
+	}
+	delete(m.ideas, id)
+	pool := m.pools[owner]
+	at, _ := slices.BinarySearchFunc(pool, i, inListOrder)
+	m.pools[owner] = slices.Delete(pool, at, at+1)
+	return nil
+}
+
+func (m *memory) listIdea(i *idea) {
+	pool := m.pools[i.Owner]
+	at, _ := slices.BinarySearchFunc(pool, i, inListOrder)
+	m.pools[i.Owner] = slices.Insert(pool, at, i)
+}
+
+// findIdea does not tell an idea of somebody else's from none.
+func (m *memory) findIdea(owner, id string) (*idea, error) {
+	if i := m.ideas[id]; i != nil && i.Owner == owner {
+		return i, nil
+	}
+	return nil, errNoIdea
+}
+
+// page returns the ideas of one page, and the number of all.
+func (m *memory) page(owner string, page int) ([]*idea, int) {
+	pool := m.pools[owner]
+	if page > (len(pool)+pageSize-1)/pageSize {
+		return nil, len(pool)
+	}
+	from := (page - 1) * pageSize
+	return slices.Clone(pool[from:min(from+pageSize, len(pool))]), len(pool)
+}

@@ -1,0 +1,239 @@
+package main
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"os"
+	"strings"
+	"sync"
+	"time"
+)
+
+// tokenHeader is {"typ":"JWT","alg":"RS256"} and a dot, the only header there
+// is. A token with any other is refused before a byte of it is decoded: there
+// is no alg to confuse, and no kid, jwk or jku to obey (RFC 8725 §3.1).
+const tokenHeader = "eyJ0eXAiOiJKV1QiLCJhbGciOiJSUzI1NiJ9."
+
+// maxToken bounds the work on a token, in bytes. The longest name and e-mail
+// make one of 4.4 KiB.
+const maxToken = 8 << 10
+
+// tokens makes and checks access tokens: JSON Web Tokens (RFC 7519), signed
+// with RS256, which is RSASSA-PKCS1-v1_5 with SHA-256 (RFC 7518 §3.3).
+type tokens struct {
+	key *rsa.PrivateKey
+	ttl time.Duration
+
+	mu sync.RWMutex
+	// verified remembers good tokens: verifying a signature costs more than
+	// all the rest of a request.
+	verified map[string]grant
+	revoked  map[grant]bool
+}
+
+// claims are what a token says, in the order of the API document.
+type claims struct {
+	Expires int64  `json:"exp"` // seconds since 1970
+	UserID  string `json:"id"`
+	Email   string `json:"email"`
+	Name    string `json:"name"`
+}
+
+// A grant is what a token is worth. There is one token for each: what else it
+// says follows from the user, and its signature from what it says.
+type grant struct {
+	userID  string
+	expires int64 // seconds since 1970
+}
+
+var errToken = errors.New("not a token of ours, or no longer")
+
+func newTokens(key *rsa.PrivateKey, ttl time.Duration) *tokens {
+	return &tokens{key: key, ttl: ttl, verified: make(map[string]grant), revoked: make(map[grant]bool)}
+}
+
+// sign makes a token that says c and expires after the time to live. It is
+// good even if the same was revoked within this second.
+func (t *tokens) sign(c claims) (string, error) {
+	c.Expires = time.Now().Add(t.ttl).Unix()
+	payload, err := json.Marshal(c)
+	if err != nil {
+		return "", err
+	}
+	token := tokenHeader + base64.RawURLEncoding.EncodeToString(payload)
+	digest := sha256.Sum256([]byte(token))
+	signature, err := rsa.SignPKCS1v15(nil, t.key, crypto.SHA256, digest[:])
+	if err != nil {
+		return "", err
+	}
+	t.mu.Lock()
+	delete(t.revoked, grant{c.UserID, c.Expires})
+	t.mu.Unlock()
+	return token + "." + base64.RawURLEncoding.EncodeToString(signature), nil
+}
+
+// verify returns what token is worth, or errToken, whatever is wrong with it.
+func (t *tokens) verify(token string) (grant, error) {
+	t.mu.RLock()
+	g, known := t.verified[token]
+	t.mu.RUnlock()
+	if !known {
+		var err error
+		if g, err = t.parse(token); err != nil {
+			return grant{}, errToken
+		}
+	}
+	// Refused at that very second (RFC 7519 §4.1.4).
+	if time.Now().Unix() >= g.expires || !known && !t.remember(token, g) {
+		return grant{}, errToken
+	}
+	return g, nil
+}
+
+// parse checks everything about a token that does not change with time, in an
+// order in which nothing is believed before the signature is verified.
+func (t *tokens) parse(token string) (grant, error) {
+	// A base64 decoder skips line ends, which would make two tokens of one.
+	if len(token) > maxToken || strings.ContainsAny(token, "\r\n") {
+		return grant{}, errToken
+	}
+	encoded, ok := strings.CutPrefix(token, tokenHeader)
+	if !ok {
+		return grant{}, errToken
+	}
+	encodedPayload, encodedSignature, _ := strings.Cut(encoded, ".")
+	base64url := base64.RawURLEncoding.Strict() // no stray last bits
+	signature, err := base64url.DecodeString(encodedSignature)
+	if err != nil {
+		return grant{}, err
+	}
+	digest := sha256.Sum256([]byte(tokenHeader + encodedPayload))
+	if err := rsa.VerifyPKCS1v15(&t.key.PublicKey, crypto.SHA256, digest[:], signature); err != nil {
+		return grant{}, err
+	}
+	payload, err := base64url.DecodeString(encodedPayload)
+	if err != nil {
+		return grant{}, err
+	}
+	return parseClaims(payload)
+}
+
+// parseClaims takes the claims only as sign writes them, to the byte. So there
+// is no claim that is missing, given twice or of another type.
+func parseClaims(payload []byte) (grant, error) {
+	var c claims
+	if err := json.Unmarshal(payload, &c); err != nil {
+		return grant{}, err
+	}
+	if canonical, err := json.Marshal(c); err != nil || !bytes.Equal(canonical, payload) {
+		return grant{}, errToken
+	}
+	return grant{c.UserID, c.Expires}, nil
+}
+
+// remember saves the work of verifying token again, unless it is revoked.
+func (t *tokens) remember(token string, g grant) bool {
+	const limit = 10_000
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.revoked[g] {
+		return false
+	}
+	if len(t.verified) >= limit {
+		clear(t.verified)
+	}
+	t.verified[token] = g
+	return true
+}
+
+// revoke ends a token before its time. That is remembered until then.
+func (t *tokens) revoke(token string) {
+	g, err := t.verify(token)
+	if err != nil {
+		return // it has ended already
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.verified, token)
+	t.revoked[g] = true
+	time.AfterFunc(time.Until(time.Unix(g.expires, 0)), func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		delete(t.revoked, g)
+	})
+}
+
+// A jwk is a public key as others read it, to verify tokens on their own
+// (RFC 7517 §4, RFC 7518 §6.3.1).
+type jwk struct {
+	Type      string `json:"kty"`
+	Use       string `json:"use"`
+	Algorithm string `json:"alg"`
+	Modulus   string `json:"n"`
+	Exponent  string `json:"e"`
+}
+
+func (t *tokens) publicKey() jwk {
+	encode := base64.RawURLEncoding.EncodeToString
+	exponent := big.NewInt(int64(t.key.E))
+	return jwk{"RSA", "sig", "RS256", encode(t.key.N.Bytes()), encode(exponent.Bytes())}
+}
+
+const minKeyBits = 2048
+
+// readKey reads an RSA private key of at least 2048 bits, in PEM of PKCS #8 or
+// PKCS #1. Where there is no file it returns fs.ErrNotExist.
+func readKey(path string) (*rsa.PrivateKey, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(data)
+	if block == nil {
+		return nil, errors.New("is not PEM")
+	}
+	var key any
+	switch {
+	case block.Type == "PRIVATE KEY":
+		key, err = x509.ParsePKCS8PrivateKey(block.Bytes)
+	case block.Type == "RSA PRIVATE KEY" && block.Headers["DEK-Info"] == "":
+		key, err = x509.ParsePKCS1PrivateKey(block.Bytes)
+	}
+	if err != nil {
+		return nil, err
+	}
+	private, ok := key.(*rsa.PrivateKey)
+	switch {
+	case !ok:
+		return nil, errors.New("is not an RSA private key without a passphrase")
+	case private.N.BitLen() < minKeyBits:
+		return nil, fmt.Errorf("has %d bits, and %d are the least", private.N.BitLen(), minKeyBits)
+	}
+	return private, nil
+}
+
+// makeKey makes a key and keeps it in a file that only its owner can read.
+func makeKey(path string) (*rsa.PrivateKey, error) {
+	key, err := rsa.GenerateKey(rand.Reader, minKeyBits)
+	if err != nil {
+		return nil, err
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return key, disk{}.replace(path, func(w io.Writer) error {
+		return pem.Encode(w, &pem.Block{Type: "PRIVATE KEY", Bytes: der})
+	})
+}

@@ -1,0 +1,750 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A store promises that a change which was answered with success is on disk,
+// whatever happens a moment later. It keeps
+//
+//	FILE                   the snapshot: all there was when it was written
+//	FILE.journal.00000008  the changes since, one line a commit; FILE names it
+//	FILE.lock              held by the one process that may use them
+//
+// A change is (1) written to the journal, (2) fsynced, (3) applied to memory
+// and (4) answered. So memory is at every moment what was acknowledged: there
+// is nothing to undo, and recovery, which applies the same changes in the same
+// order, comes to the same. Everything unusual is one operation, renew: begin
+// the next journal, write a snapshot that names it, remove the older journals.
+//
+// Locks are taken in the order renewing, diskMu, then queueMu or mu.
+type store struct {
+	mu sync.RWMutex // to read memory, and to apply to it; never held during I/O
+	memory
+
+	queueMu sync.Mutex
+	queue   []*commit // for the next who gets diskMu
+
+	diskMu  sync.Mutex // to write the journal
+	journal *os.File
+	number  uint64    // of the journal
+	size    int64     // of what is acknowledged in it
+	sum     uint32    // of what is acknowledged in it
+	limit   int64     // the size at which to renew
+	base    uint64    // the journal that FILE names
+	failed  uint64    // a journal that must not be written any more, and all before
+	healed  time.Time // when that was last tried
+
+	renewing sync.Mutex  // held by the one renew there may be
+	failing  atomic.Bool // the last change could not be stored
+
+	path string // of FILE; "" keeps everything in memory only
+	id   string // in every checksum: keeps the files of another store out
+	lock *os.File
+	disk disk
+	log  *slog.Logger
+}
+
+// memory is all that is kept, by what it is looked up by.
+type memory struct {
+	users    map[string]user     // by id
+	emails   map[string]string   // user id by e-mail in lower case
+	sessions map[string]session  // by key
+	logIns   map[string][]string // session keys by user id, oldest first
+	ideas    map[string]*idea    // by id
+	pools    map[string][]*idea  // by user id, in list order
+	lastID   uint64
+}
+
+// A change is one thing that happened, as the journal has it: with its
+// results, such as ids and times, and nothing that must be computed again.
+type change struct {
+	User    *user    `json:"user,omitempty"`    // signed up
+	Session *session `json:"session,omitempty"` // logged in
+	LogOut  *session `json:"logout,omitempty"`  // logged out
+	Create  *idea    `json:"create,omitempty"`
+	Update  *idea    `json:"update,omitempty"`
+	Delete  *idea    `json:"delete,omitempty"`
+}
+
+var (
+	errNotStored     = errors.New("nothing can be stored just now; try again in a moment")
+	errContradiction = errors.New("contradicts itself")
+)
+
+// What the handlers ask for:
+
+func (s *store) user(id string) (user, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	u, ok := s.users[id]
+	return u, ok
+}
+
+func (s *store) userByEmail(email string) (user, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	u, ok := s.users[s.emails[strings.ToLower(email)]]
+	return u, ok
+}
+
+// session returns the session with a key, and its user.
+func (s *store) session(key string) (session, user, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	session, ok := s.sessions[key]
+	return session, s.users[session.UserID], ok
+}
+
+func (s *store) idea(owner, id string) (*idea, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.findIdea(owner, id)
+}
+
+func (s *store) pageOfIdeas(owner string, page int) (ideas []*idea, total int) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.page(owner, page)
+}
+
+// signUp returns errEmailTaken to all but one of those who come with the same
+// e-mail. Like all changes it returns errNotStored if the disk fails.
+func (s *store) signUp(u user, first session) error {
+	return s.commit(change{User: &u, Session: &first})
+}
+
+func (s *store) logIn(new session) error {
+	return s.commit(change{Session: &new})
+}
+
+// logOut ends the session if it is the user's.
+func (s *store) logOut(userID, key string) error {
+	if old, _, ok := s.session(key); !ok || old.UserID != userID {
+		return nil
+	}
+	return s.commit(change{LogOut: &session{Key: key, UserID: userID}})
+}
+
+func (s *store) createIdea(i *idea) error {
+	return s.commit(change{Create: i})
+}
+
+// updateIdea returns errNoIdea if it is gone by now.
+func (s *store) updateIdea(i *idea) error {
+	return s.commit(change{Update: i})
+}
+
+// deleteIdea returns errNoIdea if there is none, or not of this owner.
+func (s *store) deleteIdea(owner, id string) error {
+	i, err := s.idea(owner, id)
+	if err != nil {
+		return err
+	}
+	return s.commit(change{Delete: i})
+}
+
+// check returns errNotStored while changes cannot be stored. It finds out by
+// trying, as nobody else may.
+func (s *store) check() error {
+	if s.failing.Load() {
+		return s.commit(change{})
+	}
+	return nil
+}
+
+// newID returns nine characters that rise with time and never come twice:
+// tenths of milliseconds since 1970, in base 36.
+func (s *store) newID() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lastID = max(s.lastID+1, uint64(time.Now().UnixMicro()/100))
+	return strconv.FormatUint(s.lastID, 36)
+}
+
+func isID(s string) bool {
+	_, err := strconv.ParseUint(s, 36, 64)
+	return err == nil && len(s) == 9 && s == strings.ToLower(s)
+}
+
+func (m *memory) sawID(id string) {
+	n, _ := strconv.ParseUint(id, 36, 64)
+	m.lastID = max(m.lastID, n)
+}
+
+// How a change is made:
+
+// A commit is a change on its way to the disk.
+type commit struct {
+	change
+	record []byte // the change in JSON
+	done   bool
+	err    error
+}
+
+// commit stores a change, applies it, and returns what came of it. Changes
+// that come at the same time share an fsync: whoever has the disk stores the
+// whole queue, and the others find theirs done.
+func (s *store) commit(c change) error {
+	record, err := json.Marshal(c)
+	if err != nil {
+		return err
+	}
+	mine := &commit{change: c, record: record}
+	s.queueMu.Lock()
+	s.queue = append(s.queue, mine)
+	s.queueMu.Unlock()
+	runtime.Gosched() // let others join
+
+	s.diskMu.Lock()
+	defer s.diskMu.Unlock()
+	if !mine.done {
+		s.storeQueue()
+	}
+	return mine.err
+}
+
+// storeQueue makes the changes in the queue durable and then visible.
+func (s *store) storeQueue() {
+	s.queueMu.Lock()
+	queue := s.queue
+	s.queue = nil
+	s.queueMu.Unlock()
+
+	err := s.appendToJournal(queue)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range queue {
+		c.done, c.err = true, err
+		if err == nil {
+			c.err = s.apply(c.change)
+		}
+	}
+}
+
+// apply is the only way into memory, at work as in recovery. It decides who
+// loses a race: the loser's change is in the journal, and has no effect.
+func (m *memory) apply(c change) error {
+	switch {
+	case c.User != nil:
+		if err := m.addUser(*c.User); err != nil {
+			return err
+		}
+		return m.addSession(*c.Session)
+	case c.Session != nil:
+		return m.addSession(*c.Session)
+	case c.LogOut != nil:
+		m.removeSession(c.LogOut.UserID, c.LogOut.Key)
+	case c.Create != nil:
+		return m.addIdea(c.Create)
+	case c.Update != nil:
+		return m.replaceIdea(c.Update)
+	case c.Delete != nil:
+		return m.removeIdea(c.Delete.Owner, c.Delete.ID)
+	}
+	return nil
+}
+
+// appendToJournal returns once the changes are on disk, or errNotStored and
+// they are not.
+func (s *store) appendToJournal(queue []*commit) error {
+	if s.path == "" {
+		return nil
+	}
+	if s.failed >= s.base { // FILE still needs a journal that cannot go on
+		if time.Since(s.healed) > time.Second {
+			s.healed = time.Now()
+			s.renewBeside()
+		}
+		return errNotStored
+	}
+	line, sum := encodeLine(s.sum, queue)
+	if err := s.writeLine(line); err != nil {
+		if !s.failing.Swap(true) {
+			s.log.Error("nothing can be stored", "error", err)
+		}
+		return errNotStored
+	}
+	if s.failing.Swap(false) {
+		s.log.Warn("changes can be stored again")
+	}
+	s.size, s.sum = s.size+int64(len(line)), sum
+	if s.size > s.limit {
+		s.renewBeside()
+	}
+	return nil
+}
+
+// writeLine puts a line behind what is acknowledged, or cuts the journal back
+// to that. After a failed fsync the kernel may believe that the lost pages are
+// written (PostgreSQL's "fsyncgate"): then, or if it cannot be cut, this
+// journal is not written again.
+func (s *store) writeLine(line []byte) error {
+	name := s.journal.Name()
+	err := s.disk.do("write", name, func() error {
+		_, err := s.journal.WriteAt(line, s.size)
+		return err
+	})
+	if err == nil {
+		if err = s.disk.do("sync", name, s.journal.Sync); err == nil {
+			return nil
+		}
+		s.failed = s.number
+	}
+	if cut := s.disk.do("truncate", name, func() error { return s.journal.Truncate(s.size) }); cut != nil {
+		s.failed = s.number
+	}
+	return err
+}
+
+// encodeLine makes a line of the journal: the checksum of all lines so far, so
+// that none can be missing or in another place, a blank, and the changes.
+func encodeLine(sum uint32, queue []*commit) ([]byte, uint32) {
+	records := make([][]byte, len(queue))
+	for n, c := range queue {
+		records[n] = c.record
+	}
+	list := fmt.Appendf(nil, "[%s]", bytes.Join(records, []byte(",")))
+	sum = crc32.Update(sum, castagnoli(), list)
+	return fmt.Appendf(nil, "%08x %s\n", sum, list), sum
+}
+
+func castagnoli() *crc32.Table { return crc32.MakeTable(crc32.Castagnoli) }
+
+// firstSum is the checksum before the first line of a journal.
+func (s *store) firstSum(number uint64) uint32 {
+	return crc32.Checksum(fmt.Append(nil, s.id, number), castagnoli())
+}
+
+func (s *store) journalPath(number uint64) string {
+	return fmt.Sprintf("%s.journal.%08d", s.path, number)
+}
+
+// How the store moves to new files:
+
+// renewBeside renews while reads and, if they can, changes go on.
+func (s *store) renewBeside() {
+	if !s.renewing.TryLock() {
+		return // one is under way
+	}
+	go func() {
+		defer s.renewing.Unlock()
+		if err := s.renew(); err != nil {
+			s.log.Error("cannot renew the files", "error", err)
+		}
+	}()
+}
+
+// renew moves the store to the next journal and a new snapshot. A crash
+// between any two steps leaves a snapshot and all journals from the one that
+// it names. The caller holds renewing.
+func (s *store) renew() error {
+	s.diskMu.Lock()
+	image, err := s.nextJournal()
+	s.diskMu.Unlock()
+	if err != nil {
+		return err
+	}
+	if err := s.disk.replace(s.path, image.encode); err != nil {
+		return err
+	}
+	info, err := os.Stat(s.path)
+	if err != nil {
+		return err
+	}
+	s.diskMu.Lock()
+	s.base, s.limit = image.Journal, max(1<<20, info.Size())
+	s.diskMu.Unlock()
+	return s.removeJournals(image.Journal)
+}
+
+// nextJournal begins an empty journal and returns an image of memory as it is
+// at that point. The caller holds diskMu, so that nothing is applied.
+func (s *store) nextJournal() (*snapshot, error) {
+	number := s.number + 1
+	f, err := s.disk.create(s.journalPath(number))
+	if err != nil {
+		return nil, err
+	}
+	if err := s.disk.syncFolder(s.path); err != nil {
+		f.Close()
+		return nil, err
+	}
+	if s.journal != nil {
+		s.journal.Close()
+	}
+	s.journal, s.number, s.size, s.sum = f, number, 0, s.firstSum(number)
+
+	image := &snapshot{Format: 1, Store: s.id, Journal: number, Users: slices.Collect(maps.Values(s.users))}
+	for _, keys := range s.logIns {
+		for _, key := range keys {
+			image.Sessions = append(image.Sessions, s.sessions[key])
+		}
+	}
+	image.Ideas = make([]*idea, 0, len(s.ideas))
+	for _, pool := range s.pools {
+		image.Ideas = append(image.Ideas, pool...)
+	}
+	return image, nil
+}
+
+// removeJournals removes those before a number.
+func (s *store) removeJournals(before uint64) error {
+	numbers, err := s.journals()
+	for _, n := range numbers {
+		if n < before && err == nil {
+			path := s.journalPath(n)
+			err = s.disk.do("remove", path, func() error { return os.Remove(path) })
+		}
+	}
+	return err
+}
+
+// journals returns the numbers of those that there are, in order.
+func (s *store) journals() (numbers []uint64, err error) {
+	entries, err := os.ReadDir(filepath.Dir(s.path))
+	for _, e := range entries {
+		suffix, ok := strings.CutPrefix(e.Name(), filepath.Base(s.path)+".journal.")
+		if n, err := strconv.ParseUint(suffix, 10, 64); ok && err == nil {
+			numbers = append(numbers, n)
+		}
+	}
+	slices.Sort(numbers)
+	return numbers, err
+}
+
+// A snapshot is what FILE holds.
+type snapshot struct {
+	Format   int       `json:"format"`
+	Store    string    `json:"store"`
+	Journal  uint64    `json:"journal"` // the one that continues it
+	Users    []user    `json:"users"`
+	Sessions []session `json:"sessions"`
+	Ideas    []*idea   `json:"ideas"`
+	CRC32C   string    `json:"crc32c"` // of all before it; whoever edits FILE removes it
+}
+
+const sumMember = ",\n\"crc32c\":"
+
+// encode writes the snapshot bit by bit: as a whole it would take as much
+// memory again as all there is.
+func (image *snapshot) encode(w io.Writer) error {
+	sum := crc32.New(castagnoli())
+	summed := io.MultiWriter(w, sum)
+	fmt.Fprintf(summed, `{"format":%d,"store":%q,"journal":%d`, image.Format, image.Store, image.Journal)
+	err := errors.Join(
+		encodeList(summed, "users", image.Users),
+		encodeList(summed, "sessions", image.Sessions),
+		encodeList(summed, "ideas", image.Ideas))
+	fmt.Fprintf(w, "%s\"%08x\"}\n", sumMember, sum.Sum32())
+	return err
+}
+
+// encodeList writes a member of an object, a line for each of its elements.
+func encodeList[T any](w io.Writer, name string, list []T) error {
+	fmt.Fprintf(w, ",\n%q:[\n", name)
+	enc := json.NewEncoder(w)
+	for n, element := range list {
+		if n > 0 {
+			io.WriteString(w, ",")
+		}
+		if err := enc.Encode(element); err != nil {
+			return err
+		}
+	}
+	_, err := io.WriteString(w, "]")
+	return err
+}
+
+// How the store comes back:
+
+// openStore reads FILE and its journals, and changes nothing. With no path, or
+// no FILE, the store is empty.
+func openStore(path string, log *slog.Logger) (*store, error) {
+	s := &store{log: log, id: rand.Text(), memory: memory{
+		users:    make(map[string]user),
+		emails:   make(map[string]string),
+		sessions: make(map[string]session),
+		logIns:   make(map[string][]string),
+		ideas:    make(map[string]*idea),
+		pools:    make(map[string][]*idea),
+	}}
+	if path == "" {
+		return s, nil
+	}
+	var err error
+	if s.path, err = realPath(path); err != nil {
+		return nil, err
+	}
+	if s.lock, err = os.OpenFile(s.path+".lock", os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return nil, err
+	}
+	if err := lock(s.lock); err != nil {
+		return nil, fmt.Errorf("%s is held by another process: %w", s.lock.Name(), err)
+	}
+	if err := s.recover(); err != nil {
+		s.lock.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// realPath resolves symbolic links: an alias must not get a lock of its own.
+func realPath(path string) (string, error) {
+	folder, err := filepath.EvalSymlinks(filepath.Dir(path))
+	if err != nil {
+		return "", err
+	}
+	real, err := filepath.EvalSymlinks(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return filepath.Join(folder, filepath.Base(path)), nil
+	}
+	return real, err
+}
+
+// recover reads the snapshot, and every journal from the one that it names.
+func (s *store) recover() error {
+	if err := s.readSnapshot(); err != nil {
+		return fmt.Errorf("%s: %w", s.path, err)
+	}
+	numbers, err := s.journals()
+	if err != nil {
+		return err
+	}
+	next, torn := s.base, false
+	for _, number := range numbers {
+		switch {
+		case number < s.base:
+			continue // its changes are in the snapshot
+		case s.base > 0 && number > next:
+			return fmt.Errorf("%s is missing", s.journalPath(next))
+		}
+		if torn, err = s.replay(number, torn); err != nil {
+			return err
+		}
+		s.number, next = number, number+1
+	}
+	if s.base > 0 && next == s.base {
+		return fmt.Errorf("%s is missing", s.journalPath(next))
+	}
+	return nil
+}
+
+// readSnapshot reads FILE, if there is one. It refuses any in which something
+// is not as encode would write it.
+func (s *store) readSnapshot() error {
+	data, err := os.ReadFile(s.path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	var image snapshot
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	err = dec.Decode(&image)
+	switch {
+	case image.Format > 1:
+		return fmt.Errorf("has format %d, of a newer ideapool", image.Format)
+	case err != nil:
+		return fmt.Errorf("is damaged: %w", err)
+	case image.Format != 1 || len(bytes.TrimSpace(data[dec.InputOffset():])) > 0:
+		return errors.New("is not a file of ideapool")
+	case image.CRC32C != "" && image.CRC32C != sumOf(data):
+		return errors.New("is damaged: the checksum does not match")
+	}
+	s.base, s.id = image.Journal, cmp.Or(image.Store, s.id)
+	return s.load(&image)
+}
+
+func sumOf(data []byte) string {
+	summed := data[:max(0, bytes.LastIndex(data, []byte(sumMember)))]
+	return fmt.Sprintf("%08x", crc32.Checksum(summed, castagnoli()))
+}
+
+func (m *memory) load(image *snapshot) error {
+	for _, u := range image.Users {
+		if err := m.addUser(u); err != nil {
+			return fmt.Errorf("user %q: %w", u.ID, err)
+		}
+	}
+	for _, session := range image.Sessions {
+		if err := m.addSession(session); err != nil {
+			return fmt.Errorf("session %q: %w", session.Key, err)
+		}
+	}
+	for _, i := range image.Ideas {
+		if err := m.addIdea(i); err != nil {
+			return fmt.Errorf("idea %q: %w", i.ID, err)
+		}
+	}
+	return nil
+}
+
+// replay applies a journal. It returns whether the end is torn: if there is no
+// later change, that was never acknowledged.
+func (s *store) replay(number uint64, torn bool) (bool, error) {
+	path := s.journalPath(number)
+	data, err := os.ReadFile(path)
+	switch {
+	case err != nil || len(data) == 0:
+		return torn, err
+	case s.base == 0:
+		return false, fmt.Errorf("%s continues %s, which does not", path, s.path)
+	case torn:
+		return false, fmt.Errorf("%s goes on where the journal before it is torn", path)
+	}
+	sum := s.firstSum(number)
+	for line := 1; len(data) > 0; line++ {
+		text, rest, whole := bytes.Cut(data, []byte("\n"))
+		if len(rest) == 0 && (!whole || hasLostBlock(text)) {
+			s.log.Warn("dropped a last line that was never acknowledged", "file", path, "line", line, "bytes", len(data))
+			return true, nil
+		}
+		if sum, err = s.replayLine(text, sum); err != nil {
+			return false, fmt.Errorf("%s:%d: %w", path, line, err)
+		}
+		data = rest
+	}
+	return false, nil
+}
+
+// hasLostBlock reports whether a part of the line never reached the disk: a
+// run of zeros up to, or from, the edge of a block. A single zero within is a
+// flipped bit.
+func hasLostBlock(line []byte) bool {
+	return bytes.HasPrefix(line, []byte{0}) || bytes.Contains(line, []byte{0, 0})
+}
+
+func (s *store) replayLine(line []byte, sum uint32) (uint32, error) {
+	head, list, _ := bytes.Cut(line, []byte(" "))
+	sum = crc32.Update(sum, castagnoli(), list)
+	if string(head) != fmt.Sprintf("%08x", sum) {
+		return 0, errors.New("is damaged: the checksum does not match")
+	}
+	var changes []change
+	if err := json.Unmarshal(list, &changes); err != nil {
+		return 0, err
+	}
+	for _, c := range changes {
+		err := s.apply(c)
+		if err != nil && !errors.Is(err, errEmailTaken) && !errors.Is(err, errNoIdea) {
+			return 0, err
+		}
+	}
+	return sum, nil
+}
+
+// start makes the store ready for changes.
+func (s *store) start() error {
+	if s.path == "" {
+		return nil
+	}
+	s.renewing.Lock()
+	defer s.renewing.Unlock()
+	return s.renew()
+}
+
+// close leaves everything in FILE, with an empty journal.
+func (s *store) close() (err error) {
+	if s.path == "" {
+		return nil
+	}
+	s.renewing.Lock()
+	defer s.renewing.Unlock()
+	if s.journal != nil {
+		err = errors.Join(s.renew(), s.journal.Close())
+	}
+	return errors.Join(err, s.lock.Close())
+}
+
+// A disk runs each operation that changes a file. Tests set step, to let the
+// n-th one fail.
+type disk struct {
+	step func(op, path string, do func() error) error
+}
+
+func (d disk) do(op, path string, do func() error) error {
+	if d.step == nil {
+		return do()
+	}
+	return d.step(op, path, do)
+}
+
+// create makes an empty file that only its owner can read, whatever the umask.
+func (d disk) create(path string) (f *os.File, err error) {
+	err = d.do("create", path, func() error {
+		if f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600); err != nil {
+			return err
+		}
+		return f.Chmod(0o600)
+	})
+	return f, err
+}
+
+// replace gives a file new content; a crash leaves the old or the new.
+func (d disk) replace(path string, content func(io.Writer) error) error {
+	temp := path + ".tmp"
+	err := d.write(temp, content)
+	if err == nil {
+		err = d.do("rename", path, func() error { return os.Rename(temp, path) })
+	}
+	if err != nil {
+		os.Remove(temp)
+		return err
+	}
+	return d.syncFolder(path)
+}
+
+// write makes a file that is on disk when it returns.
+func (d disk) write(path string, content func(io.Writer) error) error {
+	f, err := d.create(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	err = d.do("write", path, func() error {
+		buffer := bufio.NewWriterSize(f, 1<<16)
+		return errors.Join(content(buffer), buffer.Flush())
+	})
+	if err != nil {
+		return err
+	}
+	return d.do("sync", path, f.Sync)
+}
+
+// syncFolder makes durable that a file has come or gone by a name.
+func (d disk) syncFolder(path string) error {
+	folder := filepath.Dir(path)
+	return d.do("sync", folder, func() error {
+		if runtime.GOOS == "windows" {
+			return nil // a folder cannot be synced there
+		}
+		f, err := os.Open(folder)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		return f.Sync()
+	})
+}
