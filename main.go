@@ -419,7 +419,7 @@ func (w *response) fail(err error) {
 	status, reason := statusOf(err), err.Error()
 	switch status {
 	case http.StatusUnauthorized:
-		reason = "you can not pass!" // the words that clients compare
+		reason = "you can not pass!"                 // the words that clients compare
 		w.Header().Set("WWW-Authenticate", "Bearer") // RFC 9110 §11.6.1
 	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", "1")
