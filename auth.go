@@ -12,7 +12,6 @@ import (
 	"math"
 	"net/http"
 	"net/netip"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -252,10 +251,7 @@ type gate struct {
 	slots chan struct{} // those at work
 }
 
-// newGate leaves a core to everything else, if there are two.
-func newGate() gate {
-	const waiting = 100
-	slots := max(1, runtime.GOMAXPROCS(0)-1)
+func newGate(slots, waiting int) gate {
 	return gate{line: make(chan struct{}, slots+waiting), slots: make(chan struct{}, slots)}
 }
 

@@ -15,6 +15,7 @@ import (
 	"io"
 	"math/big"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"time"
@@ -221,6 +222,13 @@ func readKey(path string) (*rsa.PrivateKey, error) {
 		return nil, fmt.Errorf("has %d bits, and %d are the least", private.N.BitLen(), minKeyBits)
 	}
 	return private, nil
+}
+
+// isPrivate reports whether only its owner can read a file. Windows does not
+// say.
+func isPrivate(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && (info.Mode()&0o077 == 0 || runtime.GOOS == "windows")
 }
 
 // makeKey makes a key and keeps it in a file that only its owner can read.

@@ -28,6 +28,7 @@ import (
 	"os"
 	"os/signal"
 	"path"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -86,6 +87,9 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 	made := errors.Is(err, fs.ErrNotExist)
 	if err != nil && !made {
 		return fmt.Errorf("-key %s: %w", o.key, err)
+	}
+	if !made && !isPrivate(o.key) {
+		log.Warn("others can read the key, and so make tokens", "file", o.key)
 	}
 	store, err := openStore(o.data, log)
 	if err != nil {
@@ -277,7 +281,7 @@ func newServer(o options, key *rsa.PrivateKey, store *store, log *slog.Logger) *
 		store:      store,
 		tokens:     newTokens(key, o.accessTTL),
 		refreshTTL: o.refreshTTL,
-		hashing:    newGate(),
+		hashing:    newGate(max(1, runtime.GOMAXPROCS(0)-1), 100), // a core is left to all else
 		guesses:    guesses{made: make(map[guesser]failures)},
 		log:        log,
 		headers: http.Header{

@@ -1,0 +1,1809 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// The examples of the API document, in its order. With a key of 4096 bits all
+// its Content-Lengths come out.
+func TestDocument(t *testing.T) {
+	key, err := readKey("testdata/rsa4096.pem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := newClient(t, newTestServer(t, key))
+
+	c.play(`
+		# Refresh JWT
+		> POST /users
+		{"email":"email-3@test.com","name":"name-3","password":"the-Secret-123"}
+		< 201
+		{"jwt":"$jwt","refresh_token":"$the_token_str_2"}
+		> POST /access-tokens/refresh
+		{"refresh_token":"$the_token_str_2"}
+		< 200
+		< Content-Type: application/json; charset=utf-8
+		< Content-Length: 835
+		{"jwt":"$refreshed"}
+
+		# User login
+		> POST /users
+		{"email":"email-1@test.com","name":"name-1","password":"the-Secret-123"}
+		< 201
+		{"jwt":"$jwt_1","refresh_token":"$token_1"}
+		> POST /access-tokens
+		{"email":"email-1@test.com","password":"the-Secret-123"}
+		< 201
+		< Content-Type: application/json; charset=utf-8
+		< Content-Length: 954
+		{"jwt":"$logged_in","refresh_token":"$the_token_str_1"}
+
+		# User logout
+		> DELETE /access-tokens
+		> X-Access-Token: $logged_in
+		{"refresh_token":"$the_token_str_1"}
+		< 204
+		< Content-Type:
+		< X-Frame-Options: SAMEORIGIN
+		< X-Content-Type-Options: nosniff
+
+		# Current User
+		> POST /users
+		{"email":"email-4@test.com","name":"name-4","password":"the-Secret-123"}
+		< 201
+		{"jwt":"$jwt_4","refresh_token":"$token_4"}
+		> GET /me
+		> X-Access-Token: $jwt_4
+		< 200
+		< Content-Type: application/json; charset=utf-8
+		< Content-Length: 140
+		{"email":"email-4@test.com","name":"name-4","avatar_url":"https://www.gravatar.com/avatar/b36aafe03e05a85031fd8c411b69f792?d=mm\u0026s=200"}
+
+		# Create idea
+		> POST /ideas
+		> X-Access-Token: $jwt
+		{"content":"the-content","impact":8,"ease":8,"confidence":8}
+		< 201
+		< Content-Type: application/json; charset=utf-8
+		< Content-Length: 121
+		{"id":"$idea","content":"the-content","impact":8,"ease":8,"confidence":8,"average_score":8.0,"created_at":$created}
+
+		# Delete idea
+		> DELETE /ideas/$idea
+		> X-Access-Token: $jwt
+		< 204
+		< Content-Type:
+
+		# Get a page of ideas (1 page = 10 ideas)
+		> POST /ideas
+		> X-Access-Token: $jwt
+		{"content":"the-content","impact":1,"ease":8,"confidence":8}
+		< 201
+		{"id":"$id_1","content":"the-content","impact":1,"ease":8,"confidence":8,"average_score":5.666666666666667,"created_at":$time_1}
+		> POST /ideas
+		> X-Access-Token: $jwt
+		{"content":"the-content","impact":2,"ease":8,"confidence":8}
+		< 201
+		{"id":"$id_2","content":"the-content","impact":2,"ease":8,"confidence":8,"average_score":6.0,"created_at":$time_2}
+		> POST /ideas
+		> X-Access-Token: $jwt
+		{"content":"the-content","impact":3,"ease":8,"confidence":8}
+		< 201
+		{"id":"$id_3","content":"the-content","impact":3,"ease":8,"confidence":8,"average_score":6.333333333333333,"created_at":$time_3}
+		> GET /ideas?page=1
+		> X-Access-Token: $jwt
+		< 200
+		< Content-Type: application/json; charset=utf-8
+		< Content-Length: 395
+		[{"id":"$id_3","content":"the-content","impact":3,"ease":8,"confidence":8,"average_score":6.333333333333333,"created_at":$time_3},{"id":"$id_2","content":"the-content","impact":2,"ease":8,"confidence":8,"average_score":6.0,"created_at":$time_2},{"id":"$id_1","content":"the-content","impact":1,"ease":8,"confidence":8,"average_score":5.666666666666667,"created_at":$time_1}]
+
+		# Update idea
+		> PUT /ideas/$id_1
+		> X-Access-Token: $jwt
+		{"content":"the-content","impact":8,"ease":8,"confidence":8}
+		< 200
+		< Content-Type: application/json; charset=utf-8
+		< Content-Length: 121
+		{"id":"$id_1","content":"the-content","impact":8,"ease":8,"confidence":8,"average_score":8.0,"created_at":$time_1}
+
+		# Signup
+		> POST /users
+		{"email":"jack-black@codementor.io","name":"Jack Black","password":"the-Secret-123"}
+		< 201
+		< Content-Type: application/json; charset=utf-8
+		< Content-Length: 970
+		{"jwt":"$jack","refresh_token":"$jack_token"}
+	`)
+	if token := c.vars["jack_token"]; !regexp.MustCompile(`^[0-9a-f]{100}$`).MatchString(token) {
+		t.Errorf("refresh token %q is not 100 hex characters", token)
+	}
+	created, _ := strconv.ParseInt(c.vars["time_1"], 10, 64)
+	if age := time.Since(time.Unix(created, 0)); age < 0 || age > time.Minute {
+		t.Errorf("created_at %d is not now", created)
+	}
+	ids := []string{c.vars["idea"], c.vars["id_1"], c.vars["id_2"], c.vars["id_3"]}
+	if !slices.IsSorted(ids) || !isID(ids[0]) {
+		t.Errorf("ids %q do not rise, or are not 9 of [0-9a-z]", ids)
+	}
+}
+
+func TestSessions(t *testing.T) {
+	c := newClient(t, newTestServer(t, testKey()))
+	c.play(`
+		> POST /users
+		{"email":"Jack@Test.com","name":"Jack","password":"the-Secret-123"}
+		< 201
+		{"jwt":"$jwt","refresh_token":"$refresh"}
+
+		# The e-mail is the same in any case, and trimmed; the password is not.
+		> POST /users
+		{"email":" jack@test.com\n","name":"Jill","password":"the-Secret-123"}
+		< 409
+		{"reason":"there is a user with this e-mail already"}
+		> POST /access-tokens
+		{"email":"JACK@TEST.COM ","password":"the-Secret-123","name":"ignored"}
+		< 201
+		{"jwt":"$jwt_2","refresh_token":"$refresh_2"}
+		> POST /access-tokens
+		{"email":"jack@test.com","password":"the-Secret-123 "}
+		< 400
+		{"reason":"wrong e-mail or password"}
+		> POST /access-tokens
+		{"email":"nobody@test.com","password":"the-Secret-123"}
+		< 400
+		{"reason":"wrong e-mail or password"}
+
+		# A refresh token works as often as one likes, and is not replaced.
+		> POST /access-tokens/refresh
+		{"refresh_token":"$refresh"}
+		< 200
+		{"jwt":"$jwt_3"}
+		> POST /access-tokens/refresh
+		{"refresh_token":"$refresh"}
+		< 200
+		{"jwt":"$jwt_4"}
+
+		# Log-out needs an access token, and a refresh token.
+		> DELETE /access-tokens
+		{"refresh_token":"$refresh"}
+		< 401
+		< WWW-Authenticate: Bearer
+		{"reason":"you can not pass!"}
+		> DELETE /access-tokens
+		> X-Access-Token: $jwt_4
+		< 422
+		{"reason":"refresh_token must be given","fields":{"refresh_token":"must be given"}}
+		> DELETE /access-tokens
+		> X-Access-Token: $jwt_4
+		{}
+		< 422
+		{"reason":"refresh_token must be given","fields":{"refresh_token":"must be given"}}
+		> GET /me
+		> X-Access-Token: $jwt_4
+		< 200
+
+		# It ends both, and no other session.
+		> DELETE /access-tokens
+		> X-Access-Token: $jwt_4
+		{"refresh_token":"$refresh"}
+		< 204
+		> GET /me
+		> X-Access-Token: $jwt_4
+		< 401
+		{"reason":"you can not pass!"}
+		> POST /access-tokens/refresh
+		{"refresh_token":"$refresh"}
+		< 400
+		{"reason":"the refresh token is unknown, expired or logged out"}
+		> POST /access-tokens/refresh
+		{"refresh_token":"$refresh_2"}
+		< 200
+		{"jwt":"$jwt_5"}
+
+		# Some clients give it in the query. There may be nothing to end.
+		> DELETE /access-tokens?refresh_token=$refresh_2
+		> X-Access-Token: $jwt_5
+		< 204
+		> POST /access-tokens/refresh
+		{"refresh_token":"$refresh_2"}
+		< 400
+		{"reason":"the refresh token is unknown, expired or logged out"}
+	`)
+}
+
+// A token made for the same user in the same second is the same token.
+func TestSameSecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newClient(t, newTestServer(t, testKey()))
+		c.play(`
+			> POST /users
+			{"email":"jack@test.com","name":"Jack","password":"the-Secret-123"}
+			< 201
+			{"jwt":"$jwt","refresh_token":"$refresh"}
+			> POST /users
+			{"email":"jill@test.com","name":"Jill","password":"the-Secret-123"}
+			< 201
+			{"jwt":"$jill","refresh_token":"$jills_refresh"}
+
+			# Log-out does not end the session of another user.
+			> DELETE /access-tokens
+			> X-Access-Token: $jwt
+			{"refresh_token":"$jills_refresh"}
+			< 204
+			> GET /me
+			> X-Access-Token: $jwt
+			< 401
+			> POST /access-tokens/refresh
+			{"refresh_token":"$jills_refresh"}
+			< 200
+			{"jwt":"$jill"}
+
+			> POST /access-tokens/refresh
+			{"refresh_token":"$refresh"}
+			< 200
+			{"jwt":"$jwt"}
+			> GET /me
+			> X-Access-Token: $jwt
+			< 200
+		`)
+	})
+}
+
+func TestLifetimes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newClient(t, newTestServer(t, testKey()))
+		c.signUp("jack@test.com")
+		me, refresh := "> GET /me\n> X-Access-Token: $jwt\n", "> POST /access-tokens/refresh\n"+`{"refresh_token":"$refresh"}`+"\n"
+
+		time.Sleep(10*time.Minute - time.Second)
+		c.play(me + "< 200")
+		time.Sleep(time.Second)
+		c.play(me + "< 401")
+		time.Sleep(30*24*time.Hour - 10*time.Minute - time.Second)
+		c.play(refresh + "< 200")
+		time.Sleep(time.Second)
+		c.play(refresh + "< 400")
+	})
+}
+
+func TestAccessToken(t *testing.T) {
+	c := newClient(t, newTestServer(t, testKey()))
+	c.signUp("jack@test.com")
+	for _, test := range []struct {
+		headers string
+		want    int
+	}{
+		{"X-Access-Token: $jwt", 200},
+		{"x-access-token: $jwt", 200},
+		{"X-Access-Token: Bearer $jwt", 200},
+		{"Authorization: Bearer $jwt", 200},
+		{"authorization: bearer  $jwt", 200},
+		{"X-Access-Token: $jwt\n> Authorization: Basic ignored", 200},
+		{"Accept: */*", 401},
+		{"X-Access-Token: null", 401},
+		{"X-Access-Token: [object Object]", 401},
+		{"X-Access-Token: $jwt\n> X-Access-Token: $jwt", 401},
+		{"X-Access-Token: null\n> Authorization: Bearer $jwt", 401},
+		{"Authorization: $jwt", 401},
+		{"Authorization: Basic $jwt", 401},
+		{"Authorization: Bearer $jwt\n> Authorization: Bearer $jwt", 401},
+		{"X-Access-Token: ${jwt}x", 401},
+		{"X-Access-Token: $refresh", 401},
+	} {
+		c.play(fmt.Sprintf("> GET /me\n> %s\n< %d", test.headers, test.want))
+	}
+	// Public routes do not look at it.
+	c.play(`
+		> POST /access-tokens/refresh
+		> X-Access-Token: null
+		> Authorization: [object Object]
+		{"refresh_token":"$refresh"}
+		< 200
+	`)
+}
+
+func TestIdeas(t *testing.T) {
+	c := newClient(t, newTestServer(t, testKey()))
+	c.signUp("jack@test.com")
+	c.play(`
+		> GET /ideas
+		> X-Access-Token: $jwt
+		< 200
+		< Content-Length: 2
+		[]
+
+		# Scores come as strings, too, and nobody sets what is not theirs to set.
+		> POST /ideas
+		> X-Access-Token: $jwt
+		{"id":"000000000","owner":"x","average_score":10,"created_at":1,"content":" a <b> & \u00e9\n\tc ","impact":"10","ease":9,"confidence":"1"}
+		< 201
+		{"id":"$id","content":"a \u003cb\u003e \u0026 é\n\tc","impact":10,"ease":9,"confidence":1,"average_score":6.666666666666667,"created_at":$created}
+		> PUT /ideas/$id
+		> X-Access-Token: $jwt
+		{"id":"000000000","owner":"x","average_score":10,"created_at":1,"content":"b","impact":1,"ease":1,"confidence":1}
+		< 200
+		{"id":"$id","content":"b","impact":1,"ease":1,"confidence":1,"average_score":1.0,"created_at":$created}
+		> GET /ideas
+		> X-Access-Token: $jwt
+		< 200
+		[{"id":"$id","content":"b","impact":1,"ease":1,"confidence":1,"average_score":1.0,"created_at":$created}]
+
+		# A refused change changes nothing.
+		> PUT /ideas/$id
+		> X-Access-Token: $jwt
+		{"content":"c","impact":11,"ease":1,"confidence":1}
+		< 422
+		{"reason":"impact must be an integer from 1 to 10","fields":{"impact":"must be an integer from 1 to 10"}}
+
+		# Somebody else's idea is like none at all.
+		> POST /users
+		{"email":"jill@test.com","name":"Jill","password":"the-Secret-123"}
+		< 201
+		{"jwt":"$jill","refresh_token":"$jills_refresh"}
+		> PUT /ideas/$id
+		> X-Access-Token: $jill
+		{"content":"mine","impact":1,"ease":1,"confidence":1}
+		< 404
+		{"reason":"you have no such idea"}
+		> PUT /ideas/000000000
+		> X-Access-Token: $jill
+		{"content":"mine","impact":1,"ease":1,"confidence":1}
+		< 404
+		{"reason":"you have no such idea"}
+		> DELETE /ideas/$id
+		> X-Access-Token: $jill
+		< 404
+		{"reason":"you have no such idea"}
+		> DELETE /ideas/000000000
+		> X-Access-Token: $jill
+		< 404
+		{"reason":"you have no such idea"}
+		> GET /ideas
+		> X-Access-Token: $jill
+		< 200
+		[]
+		> GET /ideas
+		> X-Access-Token: $jwt
+		< 200
+		[{"id":"$id","content":"b","impact":1,"ease":1,"confidence":1,"average_score":1.0,"created_at":$created}]
+
+		# Clients send a body with DELETE. What is gone is gone.
+		> DELETE /ideas/$id
+		> X-Access-Token: $jwt
+		{}
+		< 204
+		> DELETE /ideas/$id
+		> X-Access-Token: $jwt
+		< 404
+		> PUT /ideas/$id
+		> X-Access-Token: $jwt
+		{"content":"c","impact":1,"ease":1,"confidence":1}
+		< 404
+		> GET /ideas
+		> X-Access-Token: $jwt
+		< 200
+		[]
+	`)
+}
+
+// The sum of the scores is 3 to 30. The average is the shortest form of the
+// double, always with a decimal point.
+func TestAverages(t *testing.T) {
+	want := strings.Fields(`
+		1.0 1.3333333333333333 1.6666666666666667 2.0 2.3333333333333335 2.6666666666666665
+		3.0 3.3333333333333335 3.6666666666666665 4.0 4.333333333333333 4.666666666666667
+		5.0 5.333333333333333 5.666666666666667 6.0 6.333333333333333 6.666666666666667
+		7.0 7.333333333333333 7.666666666666667 8.0 8.333333333333334 8.666666666666666
+		9.0 9.333333333333334 9.666666666666666 10.0`)
+	for n, average := range want {
+		sum := n + 3
+		i := idea{Impact: min(10, sum-2), Ease: max(1, min(10, sum-11)), Confidence: max(1, sum-20)}
+		if i.sum() != sum {
+			t.Fatalf("the scores %+v do not make %d", i, sum)
+		}
+		if err := i.seal(); err != nil || !strings.Contains(string(i.json), `"average_score":`+average+`,`) {
+			t.Errorf("the average of %d/3 in %s is not %s (%v)", sum, i.json, average, err)
+		}
+	}
+}
+
+func TestPages(t *testing.T) {
+	c := newClient(t, newTestServer(t, testKey()))
+	c.signUp("jack@test.com")
+	var want []string // the ids in list order: highest average first, then newest
+	for n := range 25 {
+		c.play(fmt.Sprintf(`
+			> POST /ideas
+			> X-Access-Token: $jwt
+			{"content":"the-content","impact":%d,"ease":1,"confidence":1}
+			< 201
+			{"id":"$id_%d","content":"the-content","impact":%[1]d,"ease":1,"confidence":1,"average_score":$average_%[1]d,"created_at":$t%[2]d}
+		`, 1+n%5, n))
+	}
+	for impact := 5; impact >= 1; impact-- {
+		for n := 24; n >= 0; n-- {
+			if 1+n%5 == impact {
+				want = append(want, c.vars[fmt.Sprintf("id_%d", n)])
+			}
+		}
+	}
+	for _, test := range []struct {
+		query, link string
+		want        []string
+	}{
+		{"", `</ideas?page=1>; rel="first", </ideas?page=2>; rel="next", </ideas?page=3>; rel="last"`, want[:10]},
+		{"?page=1", `</ideas?page=1>; rel="first", </ideas?page=2>; rel="next", </ideas?page=3>; rel="last"`, want[:10]},
+		{"?page=2", `</ideas?page=1>; rel="first", </ideas?page=1>; rel="prev", </ideas?page=3>; rel="next", </ideas?page=3>; rel="last"`, want[10:20]},
+		{"?page=03&x=1", `</ideas?page=1>; rel="first", </ideas?page=2>; rel="prev", </ideas?page=3>; rel="last"`, want[20:]},
+		{"?page=4", `</ideas?page=1>; rel="first", </ideas?page=3>; rel="prev", </ideas?page=3>; rel="last"`, nil},
+		{"?page=9223372036854775807", `</ideas?page=1>; rel="first", </ideas?page=3>; rel="prev", </ideas?page=3>; rel="last"`, nil},
+	} {
+		answer := c.send("GET", "/ideas"+test.query, http.Header{"X-Access-Token": {c.vars["jwt"]}}, "")
+		if answer.StatusCode != 200 || answer.Header.Get("Link") != test.link {
+			t.Errorf("GET /ideas%s: %d, Link: %s\nwant 200, Link: %s", test.query, answer.StatusCode, answer.Header.Get("Link"), test.link)
+		}
+		var got []string
+		for _, id := range regexp.MustCompile(`"id":"(\w+)"`).FindAllStringSubmatch(answer.body, -1) {
+			got = append(got, id[1])
+		}
+		if !slices.Equal(got, test.want) {
+			t.Errorf("GET /ideas%s lists\n%q, want\n%q", test.query, got, test.want)
+		}
+	}
+	for _, page := range []string{"0", "-1", "1.0", "one", "", "%201", "%2B1", "1e1", "0x1", "18446744073709551616"} {
+		c.play(fmt.Sprintf(`
+			> GET /ideas?page=%s
+			> X-Access-Token: $jwt
+			< 422
+			{"reason":"page must be an integer above 0","fields":{"page":"must be an integer above 0"}}
+		`, page))
+	}
+}
+
+func TestPaths(t *testing.T) {
+	c := newClient(t, newTestServer(t, testKey()))
+	c.signUp("jack@test.com")
+	c.play(`
+		> POST //ideas
+		> X-Access-Token: $jwt
+		{"content":"the-content","impact":8,"ease":8,"confidence":8}
+		< 201
+		{"id":"$id","content":"the-content","impact":8,"ease":8,"confidence":8,"average_score":8.0,"created_at":$created}
+		> GET /ideas/?page=1
+		> X-Access-Token: $jwt
+		< 200
+		[{"id":"$id","content":"the-content","impact":8,"ease":8,"confidence":8,"average_score":8.0,"created_at":$created}]
+		> DELETE //ideas///$id/
+		> X-Access-Token: $jwt
+		< 204
+
+		> HEAD /me
+		> X-Access-Token: $jwt
+		< 200
+		< Content-Length: 135
+		> HEAD /ideas
+		> X-Access-Token: $jwt
+		< 200
+		< Content-Length: 2
+		> HEAD /healthz/
+		< 200
+		> HEAD /me
+		< 401
+
+		> GET /
+		< 404
+		{"reason":"there is nothing here"}
+		> GET /ideas/x/y
+		< 404
+		> GET /ideas/..%2f..%2fetc/passwd
+		< 404
+		> PATCH /ideas
+		< 405
+		< Allow: GET, HEAD, POST
+		{"reason":"this method is not for this path"}
+		> GET /ideas/$id
+		< 405
+		< Allow: PUT, DELETE
+		> GET //access-tokens/
+		< 405
+		< Allow: POST, DELETE
+		> POST /me
+		{}
+		< 405
+		< Allow: GET, HEAD
+		> HEAD /users
+		< 405
+		< Allow: POST
+	`)
+}
+
+func TestCORS(t *testing.T) {
+	const preflight = `
+		> OPTIONS %s
+		> Origin: https://example.org
+		> Access-Control-Request-Method: POST
+		> Access-Control-Request-Headers: content-type,contenttype,x-access-token
+	`
+	c := newClient(t, newTestServer(t, testKey()))
+	for _, path := range []string{
+		"/users", "/me", "/access-tokens", "/access-tokens/refresh", "/ideas", "/ideas/", "/ideas/x", "/nowhere", "/healthz",
+	} {
+		c.play(fmt.Sprintf(preflight, path) + `
+			< 204
+			< Access-Control-Allow-Origin: *
+			< Access-Control-Allow-Methods: GET, POST, PUT, DELETE
+			< Access-Control-Allow-Headers: content-type,contenttype,x-access-token
+			< Access-Control-Max-Age: 86400
+			< Content-Type:
+		`)
+	}
+	const refused = `
+		> GET /me
+		> Origin: https://example.org
+		< 401
+	`
+	c.play(refused + `
+		< Access-Control-Allow-Origin: *
+		< Access-Control-Expose-Headers: Link, Retry-After, X-Request-Id
+		< Access-Control-Allow-Credentials:
+	`)
+
+	one := newClient(t, newTestServer(t, testKey(), "-cors-origin", "https://ideas.example"))
+	one.play(fmt.Sprintf(preflight, "/me") + `
+		< 204
+		< Access-Control-Allow-Origin: https://ideas.example
+		< Vary: Origin
+	`)
+	one.play(refused + `
+		< Access-Control-Allow-Origin: https://ideas.example
+		< Vary: Origin
+	`)
+
+	off := newClient(t, newTestServer(t, testKey(), "-cors-origin", "none"))
+	off.play(fmt.Sprintf(preflight, "/me") + `
+		< 405
+		< Access-Control-Allow-Origin:
+		< Access-Control-Allow-Methods:
+	`)
+	off.play(refused + `
+		< Access-Control-Allow-Origin:
+		< Access-Control-Expose-Headers:
+	`)
+}
+
+func TestBeyondTheDocument(t *testing.T) {
+	s := newTestServer(t, testKey())
+	c := newClient(t, s)
+	c.play(`
+		> GET /.well-known/jwks.json
+		< 200
+		{"keys":[{"kty":"RSA","use":"sig","alg":"RS256","n":"$modulus","e":"AQAB"}]}
+		> GET /healthz
+		< 200
+		{"status":"ok"}
+	`)
+	if c.vars["modulus"] != s.tokens.publicKey().Modulus {
+		t.Errorf("modulus %s is not that of the key", c.vars["modulus"])
+	}
+}
+
+// Bodies of every kind, each with what is wrong with it.
+func TestBodies(t *testing.T) {
+	const (
+		idea     = `{"content":"a","impact":1,"ease":2,"confidence":3}`
+		form     = "content=a+%26+b&impact=1&ease=2&confidence=3"
+		notJSON  = "400 the body must be one JSON object, or a form"
+		twice    = "400 something is given twice"
+		urlCoded = "application/x-www-form-urlencoded"
+		noType   = "415 the Content-Type must be application/json or application/x-www-form-urlencoded"
+	)
+	c := newClient(t, newTestServer(t, testKey()))
+	c.signUp("jack@test.com")
+	for _, test := range []struct{ contentType, body, want string }{
+		{"application/json", idea, "201"},
+		{"application/json; charset=utf-8", idea, "201"},
+		{"Application/JSON;anything", idea, "201"},
+		{"", idea, "201"},
+		{"application/json", " \r\n\t" + idea + " \r\n\t", "201"},
+		{urlCoded, idea, "201"},
+		{urlCoded, "\n " + idea, "201"},
+		{urlCoded, form, "201"},
+		{urlCoded + "; charset=utf-8", form, "201"},
+
+		{"text/plain", idea, noType},
+		{"multipart/form-data; boundary=x", idea, noType},
+		{"application/jsonx", idea, noType},
+		{"application/xml", "<content/>", noType},
+
+		{"application/json", "", notJSON},
+		{"", "", notJSON},
+		{"application/json", form, notJSON},
+		{"application/json", "null", notJSON},
+		{"application/json", "[" + idea + "]", notJSON},
+		{"application/json", `"content"`, notJSON},
+		{"application/json", idea[:len(idea)-1], notJSON},
+		{"application/json", idea + "x", notJSON},
+		{"application/json", idea + idea, notJSON},
+		{"application/json", `{"content":'a'}`, notJSON},
+		{"application/json", `{"content":"a",}`, notJSON},
+		{"application/json", "{\"content\":\"a\xff\"}", notJSON},
+		{"application/json", strings.Repeat(`{"a":`, 10_000), notJSON},
+		{urlCoded, idea[:len(idea)-1], notJSON},
+		{urlCoded, "content=%zz", notJSON},
+		{urlCoded, "content=a;impact=1", notJSON},
+
+		{"application/json", `{"content":"a","content":"a","impact":1,"ease":2,"confidence":3}`, twice},
+		{"application/json", `{"content":"a","\u0063ontent":"b","impact":1,"ease":2,"confidence":3}`, twice},
+		{"application/json", `{"x":1,"x":2,"content":"a","impact":1,"ease":2,"confidence":3}`, twice},
+		{urlCoded, form + "&impact=1", twice},
+
+		// Names are compared exactly.
+		{"application/json", `{"Content":"a","impact":1,"ease":2,"confidence":3}`, "422 content must be given"},
+		{urlCoded, "Content=a&impact=1&ease=2&confidence=3", "422 content must be given"},
+		{urlCoded, "", "422 confidence must be given; content must be given; ease must be given; impact must be given"},
+	} {
+		if got := c.ask("POST /ideas", test.contentType, test.body); got != test.want {
+			t.Errorf("%s %.60s:\n got %s\nwant %s", test.contentType, test.body, got, test.want)
+		}
+	}
+}
+
+func TestBodyLimit(t *testing.T) {
+	c := newClient(t, newTestServer(t, testKey()))
+	c.signUp("jack@test.com")
+	const idea = `{"content":"a","impact":1,"ease":2,"confidence":3}`
+	atLimit := idea + strings.Repeat(" ", 64<<10-len(idea))
+	if got := c.ask("POST /ideas", "", atLimit); got != "201" {
+		t.Errorf("64 KiB: %s", got)
+	}
+	const want = "413 the body must be at most 64 KiB"
+	for _, route := range append(allRoutes, "POST /nowhere", "PATCH /me") {
+		if got := c.ask(route, "", atLimit+" "); got != want {
+			t.Errorf("%s with 64 KiB and a byte: %s, want %s", route, got, want)
+		}
+	}
+	// With no Content-Length it shows only in the reading.
+	r := httptest.NewRequest("POST", "/users", io.MultiReader(strings.NewReader(atLimit+" ")))
+	w := httptest.NewRecorder()
+	newTestServer(t, testKey()).ServeHTTP(w, r)
+	if w.Code != 413 {
+		t.Errorf("64 KiB and a byte in chunks: %d", w.Code)
+	}
+}
+
+// Every field, and both sides of every rule.
+func TestFields(t *testing.T) {
+	const (
+		control  = " must not hold control characters or U+FFFD"
+		length   = " must be 1 to 255 characters long"
+		anEmail  = "422 email must be an e-mail address"
+		weak     = "422 password must have at least 8 characters, among them an upper-case letter, a lower-case letter and a number"
+		anScore  = "422 impact must be an integer from 1 to 10"
+		signUp   = `{"email":"%s","name":"Jack","password":"the-Secret-123"}`
+		named    = `{"email":"taken@test.com","name":%s,"password":"the-Secret-123"}`
+		secret   = `{"email":"taken@test.com","name":"Jack","password":%s}`
+		content  = `{"content":%s,"impact":1,"ease":1,"confidence":1}`
+		impact   = `{"content":"a","impact":%s,"ease":1,"confidence":1}`
+		taken    = "409 there is a user with this e-mail already" // all else is well
+		wrong    = "400 wrong e-mail or password"
+		logIn    = `{"email":%s,"password":%s}`
+		refresh  = `{"refresh_token":%s}`
+		unknown  = "400 the refresh token is unknown, expired or logged out"
+		notGiven = " must be given"
+	)
+	f, long := fmt.Sprintf, strings.Repeat
+	c := newClient(t, newTestServer(t, testKey()))
+	c.signUp("taken@test.com")
+	for _, test := range []struct{ route, body, want string }{
+		{"POST /users", `{}`, "422 email must be given; name must be given; password must be given"},
+		{"POST /access-tokens", `{}`, "422 email must be given; password must be given"},
+		{"POST /access-tokens/refresh", `{}`, "422 refresh_token" + notGiven},
+		{"DELETE /access-tokens", `{}`, "422 refresh_token" + notGiven},
+		{"POST /ideas", `{}`, "422 confidence must be given; content must be given; ease must be given; impact must be given"},
+		{"PUT /ideas/x", `{}`, "422 confidence must be given; content must be given; ease must be given; impact must be given"},
+		{"PUT /ideas/x", `{"content":"a","impact":1,"ease":0,"confidence":11}`, "422 confidence must be an integer from 1 to 10; ease must be an integer from 1 to 10"},
+
+		{"POST /users", f(signUp, "taken@test.com"), taken},
+		{"POST /users", f(signUp, `\t TAKEN@test.com\r\n`), taken},
+		{"POST /users", f(signUp, "plain"), anEmail},
+		{"POST /users", f(signUp, "@test.com"), anEmail},
+		{"POST /users", f(signUp, "a@"), anEmail},
+		{"POST /users", f(signUp, "a@b@test.com"), anEmail},
+		{"POST /users", f(signUp, "a b@test.com"), anEmail},
+		{"POST /users", f(signUp, "a@test.com, b@test.com"), anEmail},
+		{"POST /users", f(signUp, "<a@test.com>"), anEmail},
+		{"POST /users", f(signUp, "A <a@test.com>"), anEmail},
+		{"POST /users", f(signUp, "a@test.com (a)"), anEmail},
+		{"POST /users", f(signUp, `\"a\"@test.com`), anEmail},
+		{"POST /users", f(signUp, `\"a b\"@test.com`), anEmail},
+		{"POST /users", f(signUp, "a@[127.0.0.1]"), anEmail},
+		{"POST /users", f(signUp, "a@te_st.com"), anEmail},
+		{"POST /users", f(signUp, "a@test..com"), anEmail},
+		{"POST /users", f(signUp, "é@test.com"), anEmail},
+		{"POST /users", f(signUp, "a@tést.com"), anEmail},
+		{"POST /users", f(signUp, long("a", 250)+"@b.c"), "201"},
+		{"POST /users", f(signUp, long("a", 251)+"@b.c"), "422 email must be 1 to 254 characters long"},
+		{"POST /users", f(signUp, " "), "422 email must be 1 to 254 characters long"},
+		{"POST /users", `{"email":null,"name":[],"password":12345678}`, "422 email must be text; name must be text; password must be text"},
+
+		{"POST /users", f(named, `" J "`), taken},
+		{"POST /users", f(named, `" "`), "422 name" + length},
+		{"POST /users", f(named, `"`+long("é", 255)+`"`), taken},
+		{"POST /users", f(named, `"`+long("é", 256)+`"`), "422 name" + length},
+		{"POST /users", f(named, `"a\u0000b"`), "422 name" + control},
+
+		{"POST /users", f(secret, `"aB3aB3aB"`), taken},
+		{"POST /users", f(secret, `"aB3aB3a"`), weak},
+		{"POST /users", f(secret, `"éÉ3éÉ3éÉ"`), taken},
+		{"POST /users", f(secret, `"éÉ3éÉ3é"`), weak},
+		{"POST /users", f(secret, `"ab3ab3ab"`), weak},
+		{"POST /users", f(secret, `"AB3AB3AB"`), weak},
+		{"POST /users", f(secret, `"aBcaBcaB"`), weak},
+		{"POST /users", f(secret, `"aB3`+long("x", 1021)+`"`), taken},
+		{"POST /users", f(secret, `"aB3`+long("x", 1022)+`"`), "422 password must be 1 to 1024 bytes long"},
+		{"POST /users", f(secret, `"aB3aB3aB\ud800"`), "422 password" + control},
+		{"POST /users", f(secret, `"aB3aB3aB\ufffd"`), "422 password" + control},
+		{"POST /users", f(secret, `"aB3aB3aB\u001b"`), "422 password" + control},
+		{"POST /users", f(secret, `"aB3 \t\n aB3"`), taken},
+
+		{"POST /access-tokens", f(logIn, `"taken@test.com"`, `"short"`), wrong},
+		{"POST /access-tokens", f(logIn, `"nobody"`, `"the-Secret-123"`), wrong},
+		{"POST /access-tokens", f(logIn, `""`, `""`), "422 email must be 1 to 254 characters long; password must be 1 to 1024 bytes long"},
+		{"POST /access-tokens", f(logIn, `"a"`, `"\ufffd"`), "422 password" + control},
+		{"POST /access-tokens/refresh", f(refresh, `"x"`), unknown},
+		{"POST /access-tokens/refresh", f(refresh, `"`+long("x", 60_000)+`"`), unknown},
+		{"POST /access-tokens/refresh", f(refresh, `null`), "422 refresh_token must be text"},
+
+		{"POST /ideas", f(content, `" \u0061\n\tb "`), "201"},
+		{"POST /ideas", f(content, `"`+long("😀", 255)+`"`), "201"},
+		{"POST /ideas", f(content, `"`+long("😀", 256)+`"`), "422 content" + length},
+		{"POST /ideas", f(content, `"  `+long("a", 255)+`  "`), "201"},
+		{"POST /ideas", f(content, `" \t\r\n\u00a0"`), "422 content" + length},
+		{"POST /ideas", f(content, `"a\rb"`), "422 content" + control},
+		{"POST /ideas", f(content, `"a\u007fb"`), "422 content" + control},
+		{"POST /ideas", f(content, `"a\u0085b"`), "422 content" + control},
+		{"POST /ideas", f(content, `"\udc00"`), "422 content" + control},
+		{"POST /ideas", f(content, `7`), "422 content must be text"},
+		{"POST /ideas", f(content, `{"a":1}`), "422 content must be text"},
+
+		{"POST /ideas", f(impact, `1`), "201"},
+		{"POST /ideas", f(impact, `10`), "201"},
+		{"POST /ideas", f(impact, `"1"`), "201"},
+		{"POST /ideas", f(impact, `"10"`), "201"},
+		{"POST /ideas", f(impact, `0`), anScore},
+		{"POST /ideas", f(impact, `11`), anScore},
+		{"POST /ideas", f(impact, `-1`), anScore},
+		{"POST /ideas", f(impact, `-0`), anScore},
+		{"POST /ideas", f(impact, `8.5`), anScore},
+		{"POST /ideas", f(impact, `8.0`), anScore},
+		{"POST /ideas", f(impact, `1e1`), anScore},
+		{"POST /ideas", f(impact, `18446744073709551617`), anScore},
+		{"POST /ideas", f(impact, `true`), anScore},
+		{"POST /ideas", f(impact, `null`), anScore},
+		{"POST /ideas", f(impact, `[8]`), anScore},
+		{"POST /ideas", f(impact, `""`), anScore},
+		{"POST /ideas", f(impact, `" 8"`), anScore},
+		{"POST /ideas", f(impact, `"+8"`), anScore},
+		{"POST /ideas", f(impact, `"8.0"`), anScore},
+		{"POST /ideas", f(impact, `"٨"`), anScore},
+	} {
+		if got := c.ask(test.route, "", test.body); got != test.want {
+			t.Errorf("%s %.80s:\n got %s\nwant %s", test.route, test.body, got, test.want)
+		}
+	}
+	if got := c.ask("POST /ideas", "application/x-www-form-urlencoded", "content=a%ff&impact=1&ease=1&confidence=1"); got != "422 content"+control {
+		t.Errorf("a form that is not UTF-8: %s", got)
+	}
+}
+
+// Ten failures for one e-mail from one address, and the guesser must wait.
+// Nobody else must.
+func TestGuessing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newClient(t, newTestServer(t, testKey()))
+		c.signUp("jack@test.com")
+		logIn := func(from, email, password string) string {
+			c.from = from
+			defer func() { c.from = "" }()
+			return c.ask("POST /access-tokens", "", fmt.Sprintf(`{"email":%q,"password":%q}`, email, password))
+		}
+		const (
+			right, wrong = "the-Secret-123", "a wrong one"
+			refused      = "400 wrong e-mail or password"
+			throttled    = "429 too many failed log-ins; try again in %d seconds"
+		)
+		expect := func(got, want string) {
+			t.Helper()
+			if got != want {
+				t.Errorf("got %s, want %s", got, want)
+			}
+		}
+		for _, email := range []string{"jack@test.com", "nobody@test.com"} {
+			for n := range 9 {
+				expect(logIn("192.0.2.1:1", email, wrong), refused)
+				_ = n
+			}
+			expect(logIn("192.0.2.1:2", strings.ToUpper(email), wrong), refused)
+			expect(logIn("192.0.2.1:3", email, right), fmt.Sprintf(throttled, 30))
+			// What a client says of its address changes nothing.
+			c.header.Set("X-Forwarded-For", "192.0.2.9")
+			expect(logIn("192.0.2.1:4", email, wrong), fmt.Sprintf(throttled, 30))
+			c.header.Del("X-Forwarded-For")
+		}
+		expect(logIn("192.0.2.2:1", "jack@test.com", right), "201")
+		expect(logIn("192.0.2.1:1", "jill@test.com", wrong), refused)
+
+		for _, wait := range []int{30, 60, 120, 240, 480, 900, 900} {
+			expect(logIn("192.0.2.1:5", "jack@test.com", wrong), fmt.Sprintf(throttled, wait))
+			time.Sleep(time.Duration(wait)*time.Second - time.Millisecond)
+			expect(logIn("192.0.2.1:5", "jack@test.com", right), fmt.Sprintf(throttled, 1))
+			time.Sleep(time.Millisecond)
+			expect(logIn("192.0.2.1:6", "jack@test.com", wrong), refused)
+		}
+		// A success clears it.
+		time.Sleep(900 * time.Second)
+		expect(logIn("192.0.2.1:7", "jack@test.com", right), "201")
+		for range 10 {
+			expect(logIn("192.0.2.1:8", "jack@test.com", wrong), refused)
+		}
+		expect(logIn("192.0.2.1:9", "jack@test.com", right), fmt.Sprintf(throttled, 30))
+
+		// In IPv6 a /64 is one household.
+		for n := range 10 {
+			expect(logIn(fmt.Sprintf("[2001:db8::%d]:1", n), "jack@test.com", wrong), refused)
+		}
+		expect(logIn("[2001:db8::ffff]:1", "jack@test.com", right), fmt.Sprintf(throttled, 30))
+		expect(logIn("[2001:db8:0:1::1]:1", "jack@test.com", right), "201")
+	})
+}
+
+func TestGuessesAreBounded(t *testing.T) {
+	g := guesses{made: make(map[guesser]failures)}
+	for n := range 100_001 {
+		g.failed(guesser{email: strconv.Itoa(n)})
+	}
+	if len(g.made) > 50_000 {
+		t.Errorf("%d guessers are remembered", len(g.made))
+	}
+}
+
+// Guesses that are under way at the same time do not slip through.
+func TestGuessingAtOnce(t *testing.T) {
+	s := newTestServer(t, testKey())
+	s.hashing = newGate(1, 100)
+	c := newClient(t, s)
+	var refused, throttled atomic.Int32
+	var wg sync.WaitGroup
+	for range 30 {
+		wg.Go(func() {
+			switch got := c.ask("POST /access-tokens", "", `{"email":"a@b.c","password":"x"}`); got[:3] {
+			case "400":
+				refused.Add(1)
+			case "429":
+				throttled.Add(1)
+			default:
+				t.Error(got)
+			}
+		})
+	}
+	wg.Wait()
+	if refused.Load() != 10 || throttled.Load() != 20 {
+		t.Errorf("%d wrong and %d throttled of 30 log-ins at once, want 10 and 20", refused.Load(), throttled.Load())
+	}
+}
+
+// The gate has slots for few, a line for some, and patience for 5 seconds.
+func TestGate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate(2, 3)
+		var working, done, busy atomic.Int32
+		work := func() error {
+			if working.Add(1) > 2 {
+				t.Error("more than two at work")
+			}
+			time.Sleep(3 * time.Second)
+			working.Add(-1)
+			done.Add(1)
+			return nil
+		}
+		for range 8 {
+			go func() {
+				if err := g.do(t.Context(), work); err == errBusy {
+					busy.Add(1)
+				}
+			}()
+		}
+		for _, step := range []struct {
+			after      time.Duration
+			done, busy int32
+		}{
+			{0, 0, 3},                       // two at work, three wait
+			{3100 * time.Millisecond, 2, 3}, // two more at work
+			{2 * time.Second, 2, 4},         // one waited too long
+			{time.Second, 4, 4},
+		} {
+			time.Sleep(step.after)
+			synctest.Wait()
+			if done.Load() != step.done || busy.Load() != step.busy {
+				t.Errorf("%d done and %d turned away, want %d and %d", done.Load(), busy.Load(), step.done, step.busy)
+			}
+		}
+		gone, leave := context.WithCancel(t.Context())
+		leave()
+		go g.do(t.Context(), work)
+		go g.do(t.Context(), work)
+		synctest.Wait()
+		if err := g.do(gone, work); err != errBusy {
+			t.Errorf("one who has gone still waits: %v", err)
+		}
+		time.Sleep(time.Minute) // until all are done
+	})
+}
+
+// Everybody in a storm of log-ins is answered, and who is turned away is told
+// to come back.
+func TestStorm(t *testing.T) {
+	s := newTestServer(t, testKey())
+	s.hashing = newGate(1, 5)
+	c := newClient(t, s)
+	c.signUp("jack@test.com")
+	var wg sync.WaitGroup
+	var in, away atomic.Int32
+	for range 40 {
+		wg.Go(func() {
+			answer := c.send("POST", "/access-tokens", nil, `{"email":"jack@test.com","password":"the-Secret-123"}`)
+			switch {
+			case answer.StatusCode == 201:
+				in.Add(1)
+			case answer.StatusCode == 503 && answer.Header.Get("Retry-After") == "1":
+				away.Add(1)
+			default:
+				t.Errorf("%s: %s", answer.Status, answer.body)
+			}
+		})
+	}
+	wg.Wait()
+	if in.Load() < 6 || away.Load() == 0 {
+		t.Errorf("%d let in and %d turned away", in.Load(), away.Load())
+	}
+}
+
+// An unknown e-mail and a wrong password are alike to the byte, and cost the
+// same.
+func TestUnknownEmail(t *testing.T) {
+	s := newTestServer(t, testKey())
+	c := newClient(t, s)
+	c.signUp("jack@test.com")
+	answer := func(email string) (string, time.Duration) {
+		start := time.Now()
+		a := c.send("POST", "/access-tokens", nil, fmt.Sprintf(`{"email":%q,"password":"a wrong one"}`, email))
+		took := time.Since(start)
+		a.Header.Del("Date")
+		a.Header.Del("X-Request-Id")
+		return fmt.Sprint(a.StatusCode, a.Header, a.body), took
+	}
+	var known, unknown []time.Duration
+	for range 9 {
+		a, took := answer("jack@test.com")
+		known = append(known, took)
+		b, took := answer("nobody@test.com")
+		unknown = append(unknown, took)
+		if a != b {
+			t.Fatalf("a wrong password is answered\n%s\nan unknown e-mail\n%s", a, b)
+		}
+	}
+	slices.Sort(known)
+	slices.Sort(unknown)
+	if ratio := float64(unknown[4]) / float64(known[4]); ratio < 0.5 || ratio > 2 {
+		t.Errorf("an unknown e-mail takes %.2f times as long as a wrong password", ratio)
+	}
+	u, _ := s.store.userByEmail("jack@test.com")
+	if head := regexp.MustCompile(`^\$argon2id\$v=19\$m=19456,t=2,p=1\$`); !head.MatchString(u.Password) || !head.MatchString(noPassword) {
+		t.Errorf("the costs of %s and %s differ", u.Password, noPassword)
+	}
+}
+
+// Clients that send a byte now and then are cut off, and block nobody. Time
+// here is that of synctest, and so the network is a pipe.
+func TestSlowClients(t *testing.T) {
+	for _, test := range []struct {
+		name, sent string
+		cutAfter   time.Duration
+	}{
+		{"in the headers", "GET /healthz HTTP/1.1\r\nHost: x\r\nX-", 5 * time.Second},
+		{"in the body", "POST /users HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{", 10 * time.Second},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, stop := context.WithCancel(t.Context())
+				network := make(pipes)
+				done := make(chan error)
+				go func() { done <- serve(ctx, newTestServer(t, testKey()), network) }()
+
+				start := time.Now()
+				slow := network.dial()
+				go func() {
+					io.WriteString(slow, test.sent)
+					for err := error(nil); err == nil; time.Sleep(time.Second) {
+						_, err = io.WriteString(slow, "a")
+					}
+				}()
+				quick := network.dial()
+				go io.WriteString(quick, "GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+				if got, _ := io.ReadAll(quick); !bytes.HasPrefix(got, []byte("HTTP/1.1 200 OK")) || time.Since(start) > 0 {
+					t.Errorf("another client got %s after %v", got, time.Since(start))
+				}
+				io.Copy(io.Discard, slow) // until it is cut off
+				if took := time.Since(start); took < test.cutAfter || took > test.cutAfter+time.Second {
+					t.Errorf("cut off after %v, want %v", took, test.cutAfter)
+				}
+				stop()
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+				time.Sleep(time.Minute) // until the clients have seen it
+			})
+		})
+	}
+}
+
+// Requests under way when the server is told to stop have 10 seconds.
+func TestShutdown(t *testing.T) {
+	for _, test := range []struct {
+		takes, stopsAfter time.Duration
+		answered          bool
+	}{
+		{9 * time.Second, 9 * time.Second, true},
+		{20 * time.Second, 10 * time.Second, false},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newTestServer(t, testKey())
+			s.public("GET /slow", func(w http.ResponseWriter, r *http.Request) error {
+				time.Sleep(test.takes)
+				return writeJSON(w, 200, "done")
+			})
+			ctx, stop := context.WithCancel(t.Context())
+			network := make(pipes)
+			done := make(chan error)
+			go func() { done <- serve(ctx, s, network) }()
+			conn := network.dial()
+			io.WriteString(conn, "GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+			synctest.Wait()
+
+			start := time.Now()
+			stop()
+			got, _ := io.ReadAll(conn)
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			took := time.Since(start)
+			if answered := bytes.HasSuffix(got, []byte(`"done"`)); answered != test.answered || took.Round(time.Second) != test.stopsAfter {
+				t.Errorf("stopped after %v, answered %q", took, got)
+			}
+			time.Sleep(time.Minute) // until the handler has returned
+		})
+	}
+}
+
+func TestHeaderLimit(t *testing.T) {
+	t.Chdir(t.TempDir())
+	run := runCommand(t, "-addr", "localhost:0", "-data", "")
+	for _, test := range []struct{ size, want int }{{15 << 10, 401}, {17 << 10, 431}} {
+		r, _ := http.NewRequest("GET", run.client.url+"/me", nil)
+		r.Header.Set("X", strings.Repeat("x", test.size))
+		resp, err := http.DefaultClient.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != test.want {
+			t.Errorf("a header of %d bytes: %s, want %d", test.size, resp.Status, test.want)
+		}
+	}
+}
+
+func TestPanic(t *testing.T) {
+	var log bytes.Buffer
+	s := newTestServer(t, testKey())
+	s.log = newLogger(&log, true)
+	s.public("GET /panic", func(http.ResponseWriter, *http.Request) error { panic("a secret") })
+	c := newClient(t, s)
+	c.play(`
+		> GET /panic
+		< 500
+		{"reason":"something went wrong on our side"}
+		> GET /healthz
+		< 200
+	`)
+	if got := log.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "a secret") || !strings.Contains(got, "handlers_test.go") {
+		t.Errorf("the log does not say in one line what panicked:\n%s", got)
+	}
+}
+
+// One line for each request, which no input can forge, and no secret in it.
+func TestLog(t *testing.T) {
+	var log bytes.Buffer
+	s := newTestServer(t, testKey())
+	s.log = newLogger(&log, false)
+	c := newClient(t, s)
+	c.signUp("jack@test.com")
+	c.play(`
+		> DELETE /access-tokens?refresh_token=$refresh
+		> X-Access-Token: $jwt
+		< 204
+		> POST /access-tokens
+		{"email":"jack@test.com","password":"the-Secret-124"}
+		< 400
+		> GET /a%0aevil=1%20"b"%1b[31m?secret=the-Secret-123
+		< 404
+	`)
+	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
+	want := []string{
+		`level=INFO msg=request method=POST path=/users status=201 duration=\S+ id=\w+-1`,
+		`level=INFO msg=request method=DELETE path=/access-tokens status=204 duration=\S+ id=\w+-2`,
+		`level=WARN msg=request method=POST path=/access-tokens status=400 duration=\S+ id=\w+-3 error="wrong e-mail or password"`,
+		`level=INFO msg=request method=GET path="/a\\nevil=1 \\"b\\"\\x1b\[31m" status=404 duration=\S+ id=\w+-4`,
+	}
+	if len(lines) != len(want) {
+		t.Fatalf("%d lines, want %d:\n%s", len(lines), len(want), log.String())
+	}
+	for n, line := range lines {
+		if !regexp.MustCompile(`^time=\S+ ` + want[n] + `$`).MatchString(line) {
+			t.Errorf("got  %s\nwant %s", line, want[n])
+		}
+	}
+	for _, secret := range []string{"the-Secret", c.vars["jwt"], c.vars["refresh"]} {
+		if strings.Contains(log.String(), secret) {
+			t.Errorf("the log holds %q", secret)
+		}
+	}
+
+	log.Reset()
+	s.log = newLogger(&log, true)
+	c.play(`
+		> GET /healthz
+		< 200
+		> GET /nowhere
+		< 404
+		> POST /access-tokens
+		{"email":"jack@test.com","password":"the-Secret-124"}
+		< 400
+	`)
+	if got := log.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "status=400") {
+		t.Errorf("quiet, the log is\n%s", got)
+	}
+}
+
+// The command in an empty folder: what it says, what it leaves there, and that
+// all is as it was when it is started again.
+func TestCommand(t *testing.T) {
+	t.Chdir(t.TempDir())
+	run := runCommand(t, "-addr", "localhost:0")
+	want := regexp.MustCompile(`^Idea Pool is at (http://127\.0\.0\.1:\d+)
+  data: ideapool.json
+  key:  ideapool.pem
+Try it:
+  curl http://127\.0\.0\.1:\d+/users -d email=me@example.org -d name=Me -d password=the-Secret-123
+`)
+	if !want.MatchString(run.stderr.String()) {
+		t.Errorf("the greeting is\n%s\nwant\n%s", run.stderr, want)
+	}
+	c := run.client
+	c.signUp("jack@test.com")
+	for n := range 3 {
+		c.play(fmt.Sprintf(`
+			> POST /ideas
+			> X-Access-Token: $jwt
+			{"content":"a","impact":%d,"ease":1,"confidence":1}
+			< 201
+		`, 1+n))
+	}
+	list := func() string { return c.send("GET", "/ideas", http.Header{"X-Access-Token": {c.vars["jwt"]}}, "").body }
+	before := list()
+	if err := run.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasSuffix(run.stderr.String(), "Idea Pool has stopped.\n") {
+		t.Errorf("it ends with\n%s", run.stderr)
+	}
+	files, _ := os.ReadDir(".")
+	for _, file := range files {
+		if info, _ := file.Info(); runtime.GOOS != "windows" && info.Mode() != 0o600 {
+			t.Errorf("%s has mode %v", file.Name(), info.Mode())
+		}
+		data, _ := os.ReadFile(file.Name())
+		for _, secret := range []string{"the-Secret", c.vars["jwt"], c.vars["refresh"]} {
+			if bytes.Contains(data, []byte(secret)) {
+				t.Errorf("%s holds %s", file.Name(), secret)
+			}
+		}
+	}
+
+	again := runCommand(t, "-addr", "localhost:0", "-quiet")
+	c.url = again.client.url
+	if after := list(); after != before || strings.Count(after, "content") != 3 {
+		t.Errorf("the list was\n%s\nand is\n%s", before, after)
+	}
+	c.play(`
+		> POST /access-tokens/refresh
+		{"refresh_token":"$refresh"}
+		< 200
+		> POST /access-tokens
+		{"email":"jack@test.com","password":"the-Secret-123"}
+		< 201
+	`)
+}
+
+func TestInMemory(t *testing.T) {
+	t.Chdir(t.TempDir())
+	run := runCommand(t, "-addr", "localhost:0", "-data", "")
+	run.client.signUp("jack@test.com")
+	if err := run.stop(); err != nil {
+		t.Error(err)
+	}
+	if files, _ := os.ReadDir("."); len(files) != 1 || files[0].Name() != "ideapool.pem" {
+		t.Errorf("it leaves %v", files)
+	}
+}
+
+// Whatever is wrong at the start is one line that names the flag or the file,
+// and changes no file.
+func TestBadStarts(t *testing.T) {
+	busy, err := net.Listen("tcp", "localhost:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer busy.Close()
+	t.Chdir(t.TempDir())
+	os.Mkdir("folder", 0o700)
+	os.WriteFile("garbage", []byte("garbage"), 0o600)
+	before := folder(t)
+	for _, test := range []struct {
+		args string
+		want string
+	}{
+		{"-nope", "flag provided but not defined: -nope"},
+		{"-access-ttl ten", `invalid value "ten" for flag -access-ttl: time: invalid duration "ten"`},
+		{"-access-ttl 999ms", `invalid value "999ms" for flag -access-ttl: must be 1s or more`},
+		{"-refresh-ttl -1h", `invalid value "-1h" for flag -refresh-ttl: must be 1s or more`},
+		{"-cors-origin example.org", `invalid value "example.org" for flag -cors-origin: must be '[*]', none, or an origin such as https://example.org`},
+		{"-cors-origin https://example.org/", `invalid value "https://example.org/" for flag -cors-origin: must be '[*]', none, or an origin such as https://example.org`},
+		{"serve", `unexpected argument "serve"`},
+
+		{"-addr " + busy.Addr().String(), "-addr " + busy.Addr().String() + ": .* in use"},
+		{"-addr nonsense", "-addr nonsense: .* missing port"},
+		{"-key garbage", "-key garbage: is not PEM"},
+		{"-key folder", "-key folder: "},
+		{"-key missing/key.pem", "-key missing/key.pem: "},
+		{"-data garbage", "-data garbage: .*garbage: is damaged"},
+		{"-data folder", "-data folder: "},
+		{"-data missing/data", "-data missing/data: "},
+	} {
+		var stderr bytes.Buffer
+		args := []string{"-addr", "localhost:0", "-data", ""}
+		if !strings.HasPrefix(test.args, "-key") {
+			args = append(args, "-key", "unused.pem")
+		}
+		err := run(t.Context(), append(args, strings.Fields(test.args)...), &stderr)
+		line, rest, _ := strings.Cut(stderr.String(), "\n")
+		switch {
+		case err == nil:
+			t.Errorf("%s: starts", test.args)
+		case err == errUsage && rest != usage:
+			t.Errorf("%s: is not followed by the usage, but\n%s", test.args, rest)
+		case err != errUsage:
+			line = err.Error()
+		}
+		if !regexp.MustCompile("^"+test.want).MatchString(line) || strings.Contains(line, "\n") {
+			t.Errorf("%s: says\n%s\nwant\n%s", test.args, line, test.want)
+		}
+		if after := folder(t); !maps.Equal(after, before) {
+			t.Errorf("%s: leaves %v, was %v", test.args, after, before)
+		}
+	}
+}
+
+func TestUsage(t *testing.T) {
+	var stderr bytes.Buffer
+	if err := run(t.Context(), []string{"-h"}, &stderr); err != flag.ErrHelp || stderr.String() != usage {
+		t.Errorf("-h: %v\n%s", err, &stderr)
+	}
+	lines := strings.Split(usage, "\n")
+	for _, line := range lines {
+		if len(line) > 80 || len(lines) > 24 {
+			t.Errorf("does not fit a screen: %s", line)
+		}
+	}
+	for _, want := range []string{
+		"-addr HOST:PORT", "(localhost:8080)", "-data FILE", "(ideapool.json)", "-key FILE", "(ideapool.pem)",
+		"-access-ttl TIME", "(10m)", "-refresh-ttl TIME", "(720h)", "-cors-origin ORIGIN", "('*')", "-quiet",
+	} {
+		if !strings.Contains(usage, want) {
+			t.Errorf("the usage does not tell of %s", want)
+		}
+	}
+	o, err := parseFlags(nil, io.Discard)
+	if want := (options{"localhost:8080", "ideapool.json", "ideapool.pem", 10 * time.Minute, 720 * time.Hour, "*", false}); err != nil || o != want {
+		t.Errorf("without flags: %+v, want %+v", o, want)
+	}
+}
+
+// Others who can read the key can make tokens.
+func TestReadableKey(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("has no file modes")
+	}
+	t.Chdir(t.TempDir())
+	if _, err := makeKey("ideapool.pem"); err != nil {
+		t.Fatal(err)
+	}
+	os.Chmod("ideapool.pem", 0o644)
+	run := runCommand(t, "-addr", "localhost:0", "-data", "")
+	if !strings.Contains(run.stderr.String(), "level=WARN") || !strings.Contains(run.stderr.String(), "ideapool.pem") {
+		t.Errorf("no warning in\n%s", run.stderr)
+	}
+}
+
+// The tour of the README: each curl line is played, and its answer is the one
+// that stands there, but for ids, times and tokens.
+func TestTour(t *testing.T) {
+	c := newClient(t, newTestServer(t, testKey()))
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, tour, _ := strings.Cut(string(readme), "## A tour")
+	_, tour, _ = strings.Cut(tour, "```sh\n")
+	tour, _, _ = strings.Cut(tour, "```")
+	varying := regexp.MustCompile(`("(?:jwt|refresh_token|id)":)"[^"]*"|("created_at":)\d+`)
+	steps := regexp.MustCompile(`(?m)^(?:([A-Z]+)=\$\()?curl (.*?)(?: \| .*"(\w+)".*)?\n((?:#.*\n)*)`).FindAllStringSubmatch(tour, -1)
+	for _, step := range steps {
+		name, args, member, want := step[1], step[2], step[3], step[4]
+		got := c.curl(args)
+		if name != "" {
+			var members map[string]string
+			json.Unmarshal([]byte(got), &members)
+			c.vars[name] = members[member]
+			continue
+		}
+		want = strings.TrimSpace(strings.ReplaceAll(want, "# ", ""))
+		if varying.ReplaceAllString(got, "$1$2…") != varying.ReplaceAllString(want, "$1$2…") {
+			t.Errorf("curl %s\n got %s\nwant %s", args, got, want)
+		}
+	}
+	if len(steps) < 10 {
+		t.Errorf("the tour has %d steps", len(steps))
+	}
+}
+
+// No body, query, header or path gives a 5xx, a redirect or an answer that is
+// not ours.
+func FuzzRequest(f *testing.F) {
+	for _, route := range allRoutes {
+		method, path, _ := strings.Cut(route, " ")
+		f.Add(method, path, "application/json", `{"content":"a","impact":"8","ease":9,"confidence":10}`)
+		f.Add(method, path+"?page=2", "application/x-www-form-urlencoded", "refresh_token=a%00&email=a%40b.c")
+	}
+	f.Add("CONNECT", "/ideas/../me", "", "[]")
+	s := newTestServer(f, testKey())
+	s.hashing = newGate(0, 1) // hashes take too long here
+	f.Fuzz(func(t *testing.T, method, path, contentType, body string) {
+		u, err := url.ParseRequestURI(path)
+		if err != nil || !regexp.MustCompile("^[A-Z]+$").MatchString(method) {
+			t.Skip()
+		}
+		c := &client{t: t, handler: s}
+		r := &http.Request{Method: method, URL: u, Body: io.NopCloser(strings.NewReader(body)), Header: http.Header{"Content-Type": {contentType}}}
+		if a := c.do(r); a.StatusCode >= 500 && a.StatusCode != 503 || a.StatusCode/100 == 3 {
+			t.Errorf("%s %s: %s", method, path, a.Status)
+		}
+	})
+}
+
+// Text comes back as it was sent, trimmed, or is refused.
+func FuzzText(f *testing.F) {
+	for _, s := range []string{"a", " é\n", "\u0000", "\ufffd", "<&>", "\u2028", "a\xff", `"\`, "\u00a0"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		encoded, _ := json.Marshal(s)
+		forms := map[string]string{
+			"application/json":                  `{"content":` + string(encoded) + `}`,
+			"application/x-www-form-urlencoded": url.Values{"content": {s}}.Encode(),
+		}
+		for contentType, body := range forms {
+			r := httptest.NewRequest("POST", "/ideas", strings.NewReader(body))
+			r.Header.Set("Content-Type", contentType)
+			in, err := readInput(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := in.text("content", 255); in.err() == nil && got != strings.TrimSpace(s) {
+				t.Errorf("%q as %s comes back as %q", s, contentType, got)
+			}
+		}
+	})
+}
+
+// allRoutes are those of server.routes, as requests.
+var allRoutes = []string{
+	"POST /access-tokens/refresh", "POST /access-tokens", "DELETE /access-tokens", "GET /me", "POST /ideas",
+	"DELETE /ideas/x", "GET /ideas", "PUT /ideas/x", "POST /users", "GET /.well-known/jwks.json", "GET /healthz",
+}
+
+var testKey = sync.OnceValue(func() *rsa.PrivateKey {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		panic(err)
+	}
+	return key
+})
+
+// newTestServer makes a server with everything in memory.
+func newTestServer(t testing.TB, key *rsa.PrivateKey, flags ...string) *server {
+	t.Helper()
+	o, err := parseFlags(flags, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	store, err := openStore("", log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newServer(o, key, store, log)
+}
+
+// A client talks to a handler or, if it has an url, over the network.
+type client struct {
+	t       testing.TB
+	handler http.Handler
+	url     string
+	from    string // its address
+	header  http.Header
+	vars    map[string]string // what a transcript has named
+}
+
+func newClient(t testing.TB, s *server) *client {
+	return &client{t: t, handler: s, header: make(http.Header), vars: make(map[string]string)}
+}
+
+// play plays a transcript, in the manner of curl -v:
+//
+//	> POST /ideas              a request
+//	> X-Access-Token: $jwt     its headers
+//	{"content":"a"}            its body
+//	< 201                      the status that must come back,
+//	< Content-Length: 121      a header of it (none, where nothing is given)
+//	{"id":"$id"}               and the body, to the byte
+//
+// $name stands for what was there when the name first came. # is a comment.
+func (c *client) play(transcript string) {
+	c.t.Helper()
+	_, _, first, _ := runtime.Caller(1)
+	var steps [][]string
+	for n, line := range strings.Split(transcript, "\n") {
+		line = strings.TrimSpace(line)
+		if line == "" || line[0] == '#' {
+			continue
+		}
+		if regexp.MustCompile(`^> [A-Z]+ /`).MatchString(line) {
+			steps = append(steps, []string{strconv.Itoa(first + n)})
+		}
+		last := len(steps) - 1
+		steps[last] = append(steps[last], line)
+	}
+	for _, step := range steps {
+		c.playStep(step[0], step[1], step[2:])
+	}
+}
+
+func (c *client) playStep(line, request string, rest []string) {
+	c.t.Helper()
+	method, target, _ := strings.Cut(c.expand(request[2:]), " ")
+	header, wantHeader := make(http.Header), make(http.Header)
+	var body, wantStatus, wantBody string
+	for _, line := range rest {
+		name, value, isHeader := strings.Cut(line[min(2, len(line)):], ":")
+		switch {
+		case line[0] == '>':
+			header.Add(name, strings.TrimSpace(c.expand(value)))
+		case line[0] == '<' && isHeader:
+			wantHeader.Add(name, strings.TrimSpace(value))
+		case line[0] == '<':
+			wantStatus = name
+		case wantStatus == "":
+			body = c.expand(line)
+		default:
+			wantBody = line
+		}
+	}
+	if body != "" && header["Content-Type"] == nil {
+		header.Set("Content-Type", "application/json")
+	}
+	got := c.send(method, target, header, body)
+	ok := strconv.Itoa(got.StatusCode) == wantStatus && (wantBody == "" || c.match(wantBody, got.body))
+	for name := range wantHeader {
+		ok = ok && wantHeader.Get(name) == got.Header.Get(name)
+	}
+	if !ok {
+		c.t.Fatalf("line %s: %s %s\nwant %s %v\n     %s\n got %d %v\n     %s", line,
+			request, body, wantStatus, wantHeader, os.Expand(wantBody, c.value), got.StatusCode, got.Header, got.body)
+	}
+}
+
+// expand puts what was named in the place of the names.
+func (c *client) expand(s string) string { return os.Expand(s, c.value) }
+
+func (c *client) value(name string) string { return cmp.Or(c.vars[name], "$"+name) }
+
+// match compares, and remembers what is named for the first time.
+func (c *client) match(want, got string) bool {
+	pattern := regexp.MustCompile(`\\\$(\w+)`).ReplaceAllStringFunc(regexp.QuoteMeta(want), func(name string) string {
+		if value, known := c.vars[name[2:]]; known {
+			return regexp.QuoteMeta(value)
+		}
+		return "(?P<" + name[2:] + `>[^",}]+)`
+	})
+	names := regexp.MustCompile("^" + pattern + "$")
+	values := names.FindStringSubmatch(got)
+	for n, name := range names.SubexpNames() {
+		if values != nil && name != "" {
+			c.vars[name] = values[n]
+		}
+	}
+	return values != nil
+}
+
+// signUp makes a user; its tokens are $jwt and $refresh from then on.
+func (c *client) signUp(email string) {
+	c.t.Helper()
+	delete(c.vars, "jwt")
+	delete(c.vars, "refresh")
+	c.play(fmt.Sprintf(`
+		> POST /users
+		{"email":%q,"name":"Jack","password":"the-Secret-123"}
+		< 201
+		{"jwt":"$jwt","refresh_token":"$refresh"}
+	`, email))
+}
+
+// ask returns the status of an answer, and its reason if it is an error. It
+// sends the access token, if there is one.
+func (c *client) ask(route, contentType, body string) string {
+	c.t.Helper()
+	method, target, _ := strings.Cut(route, " ")
+	header := c.header.Clone()
+	if contentType != "" {
+		header.Set("Content-Type", contentType)
+	}
+	if jwt := c.vars["jwt"]; jwt != "" {
+		header.Set("X-Access-Token", jwt)
+	}
+	a := c.send(method, target, header, body)
+	return strings.TrimSpace(fmt.Sprint(a.StatusCode, " ", a.reason))
+}
+
+// curl does what the command does with the same arguments.
+func (c *client) curl(args string) string {
+	c.t.Helper()
+	method, target, body := "", "", ""
+	header := make(http.Header)
+	var option string
+	for _, arg := range regexp.MustCompile(`'[^']*'|"[^"]*"|\S+`).FindAllString(args, -1) {
+		if arg[0] != '\'' {
+			arg = c.expand(arg)
+		}
+		arg = strings.Trim(arg, `'"`)
+		switch {
+		case option == "-X":
+			method = arg
+		case option == "-H":
+			name, value, _ := strings.Cut(arg, ":")
+			header.Add(name, strings.TrimSpace(value))
+		case option == "-d":
+			body = arg
+			method = cmp.Or(method, "POST")
+			header.Set("Content-Type", "application/x-www-form-urlencoded")
+		case arg[0] != '-':
+			_, target, _ = strings.Cut(arg, "localhost:8080")
+		}
+		option = ""
+		if strings.HasPrefix(arg, "-") {
+			option = arg
+		}
+	}
+	return c.send(cmp.Or(method, "GET"), target, header, body).body
+}
+
+// An answer is a response that was read, and in which all is as it must be in
+// each.
+type answer struct {
+	*http.Response
+	body, reason string
+}
+
+func (c *client) send(method, target string, header http.Header, body string) answer {
+	c.t.Helper()
+	if c.url != "" {
+		target = c.url + target
+	}
+	r := httptest.NewRequest(method, target, strings.NewReader(body))
+	if body == "" {
+		r.Body = http.NoBody
+	}
+	maps.Copy(r.Header, header)
+	r.RemoteAddr = cmp.Or(c.from, r.RemoteAddr)
+	return c.do(r)
+}
+
+func (c *client) do(r *http.Request) answer {
+	c.t.Helper()
+	var resp *http.Response
+	if c.url == "" {
+		w := httptest.NewRecorder()
+		c.handler.ServeHTTP(w, r)
+		resp = w.Result()
+	} else {
+		var err error
+		r.RequestURI = "" // a client must not set it
+		if resp, err = http.DefaultClient.Do(r); err != nil {
+			c.t.Fatal(err)
+		}
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	a := answer{Response: resp, body: string(body)}
+	if fault := a.check(r.Method); fault != "" {
+		c.t.Errorf("%s %s: %s, which lacks %s:\n%v\n%s", r.Method, r.URL, resp.Status, fault, resp.Header, body)
+	}
+	return a
+}
+
+// check tells what the answer lacks of what every answer has.
+func (a *answer) check(method string) (fault string) {
+	h := a.Header
+	var problem struct {
+		Reason string
+		Fields fieldErrors
+		Status any
+	}
+	json.Unmarshal([]byte(a.body), &problem)
+	a.reason = problem.Reason
+	_, numeric := problem.Status.(float64)
+	isError := a.StatusCode >= 400
+	for _, rule := range []struct {
+		name string
+		kept bool
+	}{
+		{"nosniff", h.Get("X-Content-Type-Options") == "nosniff"},
+		{"X-Frame-Options", h.Get("X-Frame-Options") == "SAMEORIGIN"},
+		{"no-store", h.Get("Cache-Control") == "no-store"},
+		{"X-Request-Id", h.Get("X-Request-Id") != ""},
+		{"nothing in a 204", a.StatusCode != 204 || a.body == "" && h.Get("Content-Type") == ""},
+		{"the Content-Type", a.StatusCode == 204 || h.Get("Content-Type") == "application/json; charset=utf-8"},
+		{"the Content-Length", a.StatusCode == 204 || method == "HEAD" || h.Get("Content-Length") == strconv.Itoa(len(a.body))},
+		{"a reason if and only if it is an error", method == "HEAD" && a.body == "" || isError == (a.reason != "")},
+		{"a status that is no number", !numeric},
+		{"fields on a 422, which the reason names", a.StatusCode != 422 || a.reason == problem.Fields.Error()},
+		{"fields on a 422 only", a.StatusCode == 422 || problem.Fields == nil},
+		{"WWW-Authenticate", (a.StatusCode == 401) == (h.Get("WWW-Authenticate") == "Bearer")},
+		{"Allow", (a.StatusCode == 405) == (h.Get("Allow") != "")},
+		{"Retry-After", (a.StatusCode == 429 || a.StatusCode == 503) == (h.Get("Retry-After") != "")},
+	} {
+		if !rule.kept {
+			return rule.name
+		}
+	}
+	return ""
+}
+
+// A command is the program, running.
+type command struct {
+	client *client
+	stderr *lockedBuffer
+	stop   func() error
+}
+
+func runCommand(t *testing.T, args ...string) *command {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	stderr := new(lockedBuffer)
+	done := make(chan error, 1)
+	go func() { done <- run(ctx, args, stderr) }()
+	stop := sync.OnceValue(func() error {
+		cancel()
+		return <-done
+	})
+	t.Cleanup(func() { stop() })
+	address := regexp.MustCompile(`(http://\S+)\n`)
+	for range 1000 {
+		if match := address.FindStringSubmatch(stderr.String()); match != nil {
+			c := newClient(t, nil)
+			c.url = match[1]
+			return &command{c, stderr, stop}
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("it does not start: %v\n%s", stop(), stderr)
+	return nil
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.Buffer.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.Buffer.String()
+}
+
+// pipes are a network in memory, the only one whose time is synctest's.
+type pipes chan net.Conn
+
+func (p pipes) dial() net.Conn {
+	client, server := net.Pipe()
+	p <- server
+	return client
+}
+
+func (p pipes) Accept() (net.Conn, error) {
+	if conn, ok := <-p; ok {
+		return conn, nil
+	}
+	return nil, net.ErrClosed
+}
+
+func (p pipes) Close() error   { close(p); return nil }
+func (p pipes) Addr() net.Addr { return &net.UnixAddr{} }
+
+// folder returns all files in the working directory.
+func folder(t *testing.T) map[string]string {
+	files := make(map[string]string)
+	entries, err := os.ReadDir(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if data, err := os.ReadFile(e.Name()); err == nil && !strings.HasSuffix(e.Name(), ".lock") {
+			files[e.Name()] = string(data)
+		}
+	}
+	return files
+}
