@@ -1627,7 +1627,7 @@ func (c *client) curl(args string) string {
 			name, value, _ := strings.Cut(arg, ":")
 			header.Add(name, strings.TrimSpace(value))
 		case option == "-d":
-			body = arg
+			body += strings.Repeat("&", min(len(body), 1)) + arg
 			method = cmp.Or(method, "POST")
 			header.Set("Content-Type", "application/x-www-form-urlencoded")
 		case arg[0] != '-':
