@@ -83,16 +83,21 @@ func (s *server) listIdeas(w http.ResponseWriter, r *http.Request, u user) error
 		return err
 	}
 	ideas, total := s.store.pageOfIdeas(u.ID, page)
-	body := []byte{'['}
-	for n, i := range ideas {
-		if n > 0 {
-			body = append(body, ',')
-		}
-		body = append(body, i.json...)
-	}
 	w.Header().Set("Link", links(page, total))
-	writeBody(w, http.StatusOK, append(body, ']'))
+	writeBody(w, http.StatusOK, jsonList(ideas))
 	return nil
+}
+
+// jsonList makes a list of what is JSON already.
+func jsonList(elements [][]byte) []byte {
+	list := append(make([]byte, 0, 2048), '[')
+	for n, element := range elements {
+		if n > 0 {
+			list = append(list, ',')
+		}
+		list = append(list, element...)
+	}
+	return append(list, ']')
 }
 
 // links names the pages beside this one (RFC 8288).
@@ -245,12 +250,16 @@ func (m *memory) findIdea(owner, id string) (*idea, error) {
 	return nil, errNoIdea
 }
 
-// page returns the ideas of one page, and the number of all.
-func (m *memory) page(owner string, page int) ([]*idea, int) {
+// page returns the ideas of one page, in JSON, and the number of all.
+func (m *memory) page(owner string, page int) (ideas [][]byte, total int) {
 	pool := m.pools[owner]
 	if page > (len(pool)+pageSize-1)/pageSize {
 		return nil, len(pool)
 	}
+	ideas = make([][]byte, 0, pageSize)
 	from := (page - 1) * pageSize
-	return slices.Clone(pool[from:min(from+pageSize, len(pool))]), len(pool)
+	for _, i := range pool[from:min(from+pageSize, len(pool))] {
+		ideas = append(ideas, i.json)
+	}
+	return ideas, len(pool)
 }

@@ -505,7 +505,9 @@ func writeJSON(w http.ResponseWriter, status int, v any) error {
 func writeBody(w http.ResponseWriter, status int, body []byte) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json; charset=utf-8")
-	h.Set("Content-Length", strconv.Itoa(len(body)))
+	if len(body) > 2048 { // the length of a shorter one net/http sees itself
+		h.Set("Content-Length", strconv.Itoa(len(body)))
+	}
 	w.WriteHeader(status)
 	w.Write(body)
 }
@@ -516,7 +518,7 @@ const maxBody = 64 << 10
 // query. Each is read by the rule of its field; err then tells all that
 // failed.
 type input struct {
-	members map[string]json.RawMessage
+	members map[string]any // a string, a json.Number, or what no field may be
 	failed  fieldErrors
 }
 
@@ -553,13 +555,14 @@ func parseObject(body []byte) (*input, error) {
 		return nil, errNotJSON
 	}
 	dec := json.NewDecoder(bytes.NewReader(body))
+	dec.UseNumber()
 	if start, _ := dec.Token(); start != json.Delim('{') {
 		return nil, errNotJSON
 	}
-	in := &input{members: make(map[string]json.RawMessage)}
+	in := &input{members: make(map[string]any)}
 	for dec.More() {
 		name, _ := dec.Token() // cannot fail: the JSON is valid
-		var value json.RawMessage
+		var value any
 		if err := dec.Decode(&value); err != nil {
 			return nil, errNotJSON
 		}
@@ -571,21 +574,18 @@ func parseObject(body []byte) (*input, error) {
 	return in, nil
 }
 
-// parseQuery reads a query or a form into the same members as JSON has, each
-// a string.
+// parseQuery reads a query or a form. Its members are strings.
 func parseQuery(query string) (*input, error) {
 	values, err := url.ParseQuery(query)
 	if err != nil {
 		return nil, errNotJSON
 	}
-	in := &input{members: make(map[string]json.RawMessage)}
-	for name, value := range values {
-		if len(value) > 1 {
+	in := &input{members: make(map[string]any)}
+	for name, all := range values {
+		if len(all) > 1 {
 			return nil, errTwice
 		}
-		if in.members[name], err = json.Marshal(value[0]); err != nil {
-			return nil, err
-		}
+		in.members[name] = all[0]
 	}
 	return in, nil
 }
@@ -615,10 +615,11 @@ func (in *input) secret(name string, limit int) string {
 	return s
 }
 
-func (in *input) string(name string) (s string) {
+func (in *input) string(name string) string {
+	s, ok := in.members[name].(string)
 	if !in.has(name) {
 		in.fail(name, "must be given")
-	} else if v := in.members[name]; v[0] != '"' || json.Unmarshal(v, &s) != nil {
+	} else if !ok {
 		in.fail(name, "must be text")
 	}
 	return s
@@ -641,8 +642,13 @@ func (in *input) integer(name string, limit uint64, rule string) int {
 	if !in.has(name) {
 		in.fail(name, "must be given")
 	}
-	digits := string(in.members[name])
-	json.Unmarshal(in.members[name], &digits) // a number stays as it is
+	var digits string
+	switch v := in.members[name].(type) {
+	case string:
+		digits = v
+	case json.Number:
+		digits = v.String()
+	}
 	n, err := strconv.ParseUint(digits, 10, 64)
 	if err != nil || n < 1 || n > limit {
 		in.fail(name, rule)

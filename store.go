@@ -122,7 +122,8 @@ func (s *store) idea(owner, id string) (*idea, error) {
 	return s.findIdea(owner, id)
 }
 
-func (s *store) pageOfIdeas(owner string, page int) (ideas []*idea, total int) {
+// pageOfIdeas returns the ideas in JSON, in list order, and the number of all.
+func (s *store) pageOfIdeas(owner string, page int) (ideas [][]byte, total int) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.page(owner, page)
@@ -324,7 +325,7 @@ func encodeLine(sum uint32, queue []*commit) ([]byte, uint32) {
 	for n, c := range queue {
 		records[n] = c.record
 	}
-	list := fmt.Appendf(nil, "[%s]", bytes.Join(records, []byte(",")))
+	list := jsonList(records)
 	sum = crc32.Update(sum, castagnoli(), list)
 	return fmt.Appendf(nil, "%08x %s\n", sum, list), sum
 }
