@@ -173,9 +173,11 @@ func (i *idea) seal() (err error) {
 
 func (i *idea) sum() int { return i.Impact + i.Ease + i.Confidence }
 
-// inListOrder puts the highest average first, and of equals the newest.
-func inListOrder(a, b *idea) int {
-	return cmp.Or(cmp.Compare(b.sum(), a.sum()), strings.Compare(b.ID, a.ID))
+// byRank orders ideas as they are listed, from the last to the first: the
+// lowest average first, and of equals the oldest. So a new idea, which goes on
+// top of its equals, comes in near the end, where there is little to move.
+func byRank(a, b *idea) int {
+	return cmp.Or(cmp.Compare(a.sum(), b.sum()), strings.Compare(a.ID, b.ID))
 }
 
 // addIdea applies a creation.
@@ -231,14 +233,14 @@ func (m *memory) removeIdea(owner, id string) error {
 	}
 	delete(m.ideas, id)
 	pool := m.pools[owner]
-	at, _ := slices.BinarySearchFunc(pool, i, inListOrder)
+	at, _ := slices.BinarySearchFunc(pool, i, byRank)
 	m.pools[owner] = slices.Delete(pool, at, at+1)
 	return nil
 }
 
 func (m *memory) listIdea(i *idea) {
 	pool := m.pools[i.Owner]
-	at, _ := slices.BinarySearchFunc(pool, i, inListOrder)
+	at, _ := slices.BinarySearchFunc(pool, i, byRank)
 	m.pools[i.Owner] = slices.Insert(pool, at, i)
 }
 
@@ -257,8 +259,8 @@ func (m *memory) page(owner string, page int) (ideas [][]byte, total int) {
 		return nil, len(pool)
 	}
 	ideas = make([][]byte, 0, pageSize)
-	from := (page - 1) * pageSize
-	for _, i := range pool[from:min(from+pageSize, len(pool))] {
+	end := len(pool) - (page-1)*pageSize
+	for _, i := range slices.Backward(pool[max(0, end-pageSize):end]) {
 		ideas = append(ideas, i.json)
 	}
 	return ideas, len(pool)

@@ -72,7 +72,7 @@ type memory struct {
 	sessions map[string]session  // by key
 	logIns   map[string][]string // session keys by user id, oldest first
 	ideas    map[string]*idea    // by id
-	pools    map[string][]*idea  // by user id, in list order
+	pools    map[string][]*idea  // by user id, by rank
 	lastID   uint64
 }
 
