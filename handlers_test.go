@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/rand"
 	"crypto/rsa"
 	"encoding/json"
 	"flag"
@@ -154,7 +153,7 @@ func TestDocument(t *testing.T) {
 }
 
 func TestSessions(t *testing.T) {
-	c := newClient(t, newTestServer(t, testKey()))
+	c := newClient(t, newTestServer(t, rfcKey()))
 	c.play(`
 		> POST /users
 		{"email":"Jack@Test.com","name":"Jack","password":"the-Secret-123"}
@@ -240,7 +239,7 @@ func TestSessions(t *testing.T) {
 // A token made for the same user in the same second is the same token.
 func TestSameSecond(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newLocalClient(t, newTestServer(t, testKey()))
+		c := newLocalClient(t, newTestServer(t, rfcKey()))
 		c.play(`
 			> POST /users
 			{"email":"jack@test.com","name":"Jack","password":"the-Secret-123"}
@@ -277,7 +276,7 @@ func TestSameSecond(t *testing.T) {
 
 func TestLifetimes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newLocalClient(t, newTestServer(t, testKey()))
+		c := newLocalClient(t, newTestServer(t, rfcKey()))
 		c.signUp("jack@test.com")
 		me, refresh := "> GET /me\n> X-Access-Token: $jwt\n", "> POST /access-tokens/refresh\n"+`{"refresh_token":"$refresh"}`+"\n"
 
@@ -293,7 +292,7 @@ func TestLifetimes(t *testing.T) {
 }
 
 func TestAccessToken(t *testing.T) {
-	c := newClient(t, newTestServer(t, testKey()))
+	c := newClient(t, newTestServer(t, rfcKey()))
 	c.signUp("jack@test.com")
 	for _, test := range []struct {
 		headers string
@@ -329,7 +328,7 @@ func TestAccessToken(t *testing.T) {
 }
 
 func TestIdeas(t *testing.T) {
-	c := newClient(t, newTestServer(t, testKey()))
+	c := newClient(t, newTestServer(t, rfcKey()))
 	c.signUp("jack@test.com")
 	c.play(`
 		> GET /ideas
@@ -434,7 +433,7 @@ func TestAverages(t *testing.T) {
 }
 
 func TestPages(t *testing.T) {
-	c := newClient(t, newTestServer(t, testKey()))
+	c := newClient(t, newTestServer(t, rfcKey()))
 	c.signUp("jack@test.com")
 	var want []string // the ids in list order: highest average first, then newest
 	for n := range 25 {
@@ -487,7 +486,7 @@ func TestPages(t *testing.T) {
 }
 
 func TestPaths(t *testing.T) {
-	c := newClient(t, newTestServer(t, testKey()))
+	c := newClient(t, newTestServer(t, rfcKey()))
 	c.signUp("jack@test.com")
 	c.play(`
 		> POST //ideas
@@ -550,7 +549,7 @@ func TestCORS(t *testing.T) {
 		> Access-Control-Request-Method: POST
 		> Access-Control-Request-Headers: content-type,contenttype,x-access-token
 	`
-	c := newClient(t, newTestServer(t, testKey()))
+	c := newClient(t, newTestServer(t, rfcKey()))
 	for _, path := range []string{
 		"/users", "/me", "/access-tokens", "/access-tokens/refresh", "/ideas", "/ideas/", "/ideas/x", "/nowhere", "/healthz",
 	} {
@@ -574,7 +573,7 @@ func TestCORS(t *testing.T) {
 		< Access-Control-Allow-Credentials:
 	`)
 
-	one := newClient(t, newTestServer(t, testKey(), "-cors-origin", "https://ideas.example"))
+	one := newClient(t, newTestServer(t, rfcKey(), "-cors-origin", "https://ideas.example"))
 	one.play(fmt.Sprintf(preflight, "/me") + `
 		< 204
 		< Access-Control-Allow-Origin: https://ideas.example
@@ -585,7 +584,7 @@ func TestCORS(t *testing.T) {
 		< Vary: Origin
 	`)
 
-	off := newClient(t, newTestServer(t, testKey(), "-cors-origin", "none"))
+	off := newClient(t, newTestServer(t, rfcKey(), "-cors-origin", "none"))
 	off.play(fmt.Sprintf(preflight, "/me") + `
 		< 405
 		< Access-Control-Allow-Origin:
@@ -598,7 +597,7 @@ func TestCORS(t *testing.T) {
 }
 
 func TestBeyondTheDocument(t *testing.T) {
-	s := newTestServer(t, testKey())
+	s := newTestServer(t, rfcKey())
 	c := newClient(t, s)
 	c.play(`
 		> GET /.well-known/jwks.json
@@ -623,7 +622,7 @@ func TestBodies(t *testing.T) {
 		urlCoded = "application/x-www-form-urlencoded"
 		noType   = "415 the Content-Type must be application/json or application/x-www-form-urlencoded"
 	)
-	c := newClient(t, newTestServer(t, testKey()))
+	c := newClient(t, newTestServer(t, rfcKey()))
 	c.signUp("jack@test.com")
 	for _, test := range []struct{ contentType, body, want string }{
 		{"application/json", idea, "201"},
@@ -675,7 +674,7 @@ func TestBodies(t *testing.T) {
 }
 
 func TestBodyLimit(t *testing.T) {
-	c := newClient(t, newTestServer(t, testKey()))
+	c := newClient(t, newTestServer(t, rfcKey()))
 	c.signUp("jack@test.com")
 	const idea = `{"content":"a","impact":1,"ease":2,"confidence":3}`
 	atLimit := idea + strings.Repeat(" ", 64<<10-len(idea))
@@ -691,7 +690,7 @@ func TestBodyLimit(t *testing.T) {
 	// With no Content-Length it shows only in the reading.
 	r := httptest.NewRequest("POST", "/users", io.MultiReader(strings.NewReader(atLimit+" ")))
 	w := httptest.NewRecorder()
-	newTestServer(t, testKey()).ServeHTTP(w, r)
+	newTestServer(t, rfcKey()).ServeHTTP(w, r)
 	if w.Code != 413 {
 		t.Errorf("64 KiB and a byte in chunks: %d", w.Code)
 	}
@@ -718,7 +717,7 @@ func TestFields(t *testing.T) {
 		notGiven = " must be given"
 	)
 	f, long := fmt.Sprintf, strings.Repeat
-	c := newClient(t, newTestServer(t, testKey()))
+	c := newClient(t, newTestServer(t, rfcKey()))
 	c.signUp("taken@test.com")
 	for _, test := range []struct{ route, body, want string }{
 		{"POST /users", `{}`, "422 email must be given; name must be given; password must be given"},
@@ -826,7 +825,7 @@ func TestFields(t *testing.T) {
 // Nobody else must.
 func TestGuessing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newLocalClient(t, newTestServer(t, testKey()))
+		c := newLocalClient(t, newTestServer(t, rfcKey()))
 		c.signUp("jack@test.com")
 		logIn := func(from, email, password string) string {
 			c.from = from
@@ -895,7 +894,7 @@ func TestGuessesAreBounded(t *testing.T) {
 
 // Guesses that are under way at the same time do not slip through.
 func TestGuessingAtOnce(t *testing.T) {
-	s := newTestServer(t, testKey())
+	s := newTestServer(t, rfcKey())
 	s.hashing = newGate(1, 100)
 	c := newClient(t, s)
 	var refused, throttled atomic.Int32
@@ -969,7 +968,7 @@ func TestGate(t *testing.T) {
 // Everybody in a storm of log-ins is answered, and who is turned away is told
 // to come back.
 func TestStorm(t *testing.T) {
-	s := newTestServer(t, testKey())
+	s := newTestServer(t, rfcKey())
 	s.hashing = newGate(1, 5)
 	c := newClient(t, s)
 	c.signUp("jack@test.com")
@@ -997,7 +996,7 @@ func TestStorm(t *testing.T) {
 // An unknown e-mail and a wrong password are alike to the byte, and cost the
 // same.
 func TestUnknownEmail(t *testing.T) {
-	s := newTestServer(t, testKey())
+	s := newTestServer(t, rfcKey())
 	c := newClient(t, s)
 	c.signUp("jack@test.com")
 	answer := func(email string) (string, time.Duration) {
@@ -1044,7 +1043,7 @@ func TestSlowClients(t *testing.T) {
 				ctx, stop := context.WithCancel(t.Context())
 				network := make(pipes)
 				done := make(chan error)
-				go func() { done <- serve(ctx, newTestServer(t, testKey()), network) }()
+				go func() { done <- serve(ctx, newTestServer(t, rfcKey()), network) }()
 
 				start := time.Now()
 				slow := network.dial()
@@ -1083,7 +1082,7 @@ func TestShutdown(t *testing.T) {
 		{20 * time.Second, 10 * time.Second, false},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			s := newTestServer(t, testKey())
+			s := newTestServer(t, rfcKey())
 			s.public("GET /slow", func(w http.ResponseWriter, r *http.Request) error {
 				time.Sleep(test.takes)
 				return writeJSON(w, 200, "done")
@@ -1130,7 +1129,7 @@ func TestHeaderLimit(t *testing.T) {
 
 func TestPanic(t *testing.T) {
 	var log bytes.Buffer
-	s := newTestServer(t, testKey())
+	s := newTestServer(t, rfcKey())
 	s.log = newLogger(&log, true)
 	s.public("GET /panic", func(http.ResponseWriter, *http.Request) error { panic("a secret") })
 	c := newClient(t, s)
@@ -1149,7 +1148,7 @@ func TestPanic(t *testing.T) {
 // One line for each request, which no input can forge, and no secret in it.
 func TestLog(t *testing.T) {
 	var log bytes.Buffer
-	s := newTestServer(t, testKey())
+	s := newTestServer(t, rfcKey())
 	s.log = newLogger(&log, false)
 	c := newClient(t, s)
 	c.signUp("jack@test.com")
@@ -1373,7 +1372,7 @@ func TestReadableKey(t *testing.T) {
 // The tour of the README: each curl line is played, and its answer is the one
 // that stands there, but for ids, times and tokens.
 func TestTour(t *testing.T) {
-	c := newClient(t, newTestServer(t, testKey()))
+	c := newClient(t, newTestServer(t, rfcKey()))
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
@@ -1411,7 +1410,7 @@ func FuzzRequest(f *testing.F) {
 		f.Add(method, path+"?page=2", "application/x-www-form-urlencoded", "refresh_token=a%00&email=a%40b.c")
 	}
 	f.Add("CONNECT", "/ideas/../me", "", "[]")
-	s := newTestServer(f, testKey())
+	s := newTestServer(f, rfcKey())
 	s.hashing = newGate(0, 1) // hashes take too long here
 	f.Fuzz(func(t *testing.T, method, path, contentType, body string) {
 		u, err := url.ParseRequestURI(path)
@@ -1454,7 +1453,7 @@ func FuzzText(f *testing.F) {
 // Each scenario stands beside a bare net/http handler that sends the same bytes
 // and does the least that they take. An iteration is a request on each connection at once.
 func BenchmarkRequests(b *testing.B) {
-	s := newTestServer(b, testKey())
+	s := newTestServer(b, rfcKey())
 	var err error
 	if s.store, err = openStore(b.TempDir()+"/data", s.log); err != nil {
 		b.Fatal(err)
@@ -1548,14 +1547,6 @@ var allRoutes = []string{
 	"POST /access-tokens/refresh", "POST /access-tokens", "DELETE /access-tokens", "GET /me", "POST /ideas",
 	"DELETE /ideas/x", "GET /ideas", "PUT /ideas/x", "POST /users", "GET /.well-known/jwks.json", "GET /healthz",
 }
-
-var testKey = sync.OnceValue(func() *rsa.PrivateKey {
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		panic(err)
-	}
-	return key
-})
 
 // newTestServer makes a server with everything in memory.
 func newTestServer(t testing.TB, key *rsa.PrivateKey, flags ...string) *server {

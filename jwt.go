@@ -241,7 +241,8 @@ func makeKey(path string) (*rsa.PrivateKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	return key, disk{}.replace(path, func(w io.Writer) error {
+	err = disk{}.replace(path, func(w io.Writer) error {
 		return pem.Encode(w, &pem.Block{Type: "PRIVATE KEY", Bytes: der})
 	})
+	return key, err
 }
