@@ -171,6 +171,12 @@ func (i *idea) seal() (err error) {
 	return err
 }
 
+// record is the idea in JSON with its owner, as json.Marshal would make it
+// again.
+func (i *idea) record() []byte {
+	return fmt.Appendf(nil, `%s,"owner":%q}`, i.json[:len(i.json)-1], i.Owner)
+}
+
 func (i *idea) sum() int { return i.Impact + i.Ease + i.Confidence }
 
 // byRank orders ideas as they are listed, from the last to the first: the

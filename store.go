@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -343,6 +344,10 @@ func (s *store) journalPath(number uint64) string {
 
 // How the store moves to new files:
 
+// minLimit is the size of a journal, in bytes, below which it is not worth a
+// new snapshot.
+const minLimit = 1 << 20
+
 // renewBeside renews while reads and, if they can, changes go on.
 func (s *store) renewBeside() {
 	if !s.renewing.TryLock() {
@@ -374,29 +379,32 @@ func (s *store) renew() error {
 		return err
 	}
 	s.diskMu.Lock()
-	s.base, s.limit = image.Journal, max(1<<20, info.Size())
+	s.base, s.limit = image.Journal, max(minLimit, info.Size())
 	s.diskMu.Unlock()
 	return s.removeJournals(image.Journal)
 }
 
-// nextJournal begins an empty journal and returns an image of memory as it is
-// at that point. The caller holds diskMu, so that nothing is applied.
+// nextJournal begins a journal, unless there is an empty one to go on with,
+// and returns an image of memory at that point. The caller holds diskMu, so
+// that nothing is applied meanwhile.
 func (s *store) nextJournal() (*snapshot, error) {
-	number := s.number + 1
-	f, err := s.disk.create(s.journalPath(number))
-	if err != nil {
-		return nil, err
+	if s.journal == nil || s.size > 0 || s.failed == s.number {
+		path := s.journalPath(s.number + 1)
+		f, err := s.disk.create(path)
+		if err != nil {
+			return nil, err
+		}
+		if err := s.disk.syncFolder(path); err != nil {
+			f.Close()
+			return nil, err
+		}
+		if s.journal != nil {
+			s.journal.Close()
+		}
+		s.journal, s.number, s.size = f, s.number+1, 0
+		s.sum = s.firstSum(s.number)
 	}
-	if err := s.disk.syncFolder(s.path); err != nil {
-		f.Close()
-		return nil, err
-	}
-	if s.journal != nil {
-		s.journal.Close()
-	}
-	s.journal, s.number, s.size, s.sum = f, number, 0, s.firstSum(number)
-
-	image := &snapshot{Format: 1, Store: s.id, Journal: number, Users: slices.Collect(maps.Values(s.users))}
+	image := &snapshot{Format: 1, Store: s.id, Journal: s.number, Users: slices.Collect(maps.Values(s.users))}
 	for _, keys := range s.logIns {
 		for _, key := range keys {
 			image.Sessions = append(image.Sessions, s.sessions[key])
@@ -454,24 +462,25 @@ func (image *snapshot) encode(w io.Writer) error {
 	summed := io.MultiWriter(w, sum)
 	fmt.Fprintf(summed, `{"format":%d,"store":%q,"journal":%d`, image.Format, image.Store, image.Journal)
 	err := errors.Join(
-		encodeList(summed, "users", image.Users),
-		encodeList(summed, "sessions", image.Sessions),
-		encodeList(summed, "ideas", image.Ideas))
+		encodeList(summed, "users", image.Users, json.Marshal),
+		encodeList(summed, "sessions", image.Sessions, json.Marshal),
+		encodeList(summed, "ideas", image.Ideas, func(i any) ([]byte, error) { return i.(*idea).record(), nil }))
 	fmt.Fprintf(w, "%s\"%08x\"}\n", sumMember, sum.Sum32())
 	return err
 }
 
 // encodeList writes a member of an object, a line for each of its elements.
-func encodeList[T any](w io.Writer, name string, list []T) error {
-	fmt.Fprintf(w, ",\n%q:[\n", name)
-	enc := json.NewEncoder(w)
-	for n, element := range list {
-		if n > 0 {
-			io.WriteString(w, ",")
-		}
-		if err := enc.Encode(element); err != nil {
+func encodeList[T any](w io.Writer, name string, list []T, encode func(any) ([]byte, error)) error {
+	fmt.Fprintf(w, ",\n%q:[", name)
+	separator := "\n"
+	for _, element := range list {
+		text, err := encode(element)
+		if err != nil {
 			return err
 		}
+		io.WriteString(w, separator)
+		w.Write(text)
+		separator = ",\n"
 	}
 	_, err := io.WriteString(w, "]")
 	return err
@@ -561,20 +570,19 @@ func (s *store) readSnapshot() error {
 		return err
 	}
 	var image snapshot
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
-	err = dec.Decode(&image)
+	err = image.decode(data)
 	switch {
 	case image.Format > 1:
 		return fmt.Errorf("has format %d, of a newer ideapool", image.Format)
 	case err != nil:
 		return fmt.Errorf("is damaged: %w", err)
-	case image.Format != 1 || len(bytes.TrimSpace(data[dec.InputOffset():])) > 0:
+	case image.Format != 1:
 		return errors.New("is not a file of ideapool")
 	case image.CRC32C != "" && image.CRC32C != sumOf(data):
 		return errors.New("is damaged: the checksum does not match")
 	}
 	s.base, s.id = image.Journal, cmp.Or(image.Store, s.id)
+	s.limit = max(minLimit, int64(len(data)))
 	return s.load(&image)
 }
 
@@ -583,6 +591,66 @@ func sumOf(data []byte) string {
 	return fmt.Sprintf("%08x", crc32.Checksum(summed, castagnoli()))
 }
 
+// decode reads what encode writes.
+func (image *snapshot) decode(data []byte) error {
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	members := map[json.Token]any{
+		"format": &image.Format, "store": &image.Store, "journal": &image.Journal,
+		"users": &image.Users, "sessions": &image.Sessions, "crc32c": &image.CRC32C,
+	}
+	start, err := dec.Token()
+	for err == nil && dec.More() {
+		var name json.Token
+		if name, err = dec.Token(); err != nil {
+			break
+		}
+		if member, ok := members[name]; ok {
+			err = dec.Decode(member)
+		} else if name == "ideas" {
+			image.Ideas, err = decodeIdeas(dec)
+		} else {
+			err = fmt.Errorf("it has an unknown member %q", name)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	end, _ := dec.Token()
+	if _, err := dec.Token(); start != json.Delim('{') || end != json.Delim('}') || err != io.EOF {
+		return errors.New("it is not one whole object")
+	}
+	return nil
+}
+
+// decodeIdeas reads them one by one, as a list of a million would take its
+// length again in memory. The other cores complete them meanwhile.
+func decodeIdeas(dec *json.Decoder) (ideas []*idea, err error) {
+	var completing sync.WaitGroup
+	defer completing.Wait()
+	complete := func(batch []*idea) {
+		for _, i := range batch {
+			i.complete() // what fails here fails again in load
+		}
+	}
+	const batchSize = 1000
+	_, err = dec.Token()
+	for err == nil && dec.More() {
+		i := new(idea)
+		err = dec.Decode(i)
+		ideas = append(ideas, i)
+		if len(ideas)%batchSize == 0 {
+			batch := ideas[len(ideas)-batchSize:]
+			completing.Go(func() { complete(batch) })
+		}
+	}
+	if err == nil {
+		_, err = dec.Token()
+	}
+	return ideas, err
+}
+
+// load takes over a snapshot. Whatever in it cannot be is damage.
 func (m *memory) load(image *snapshot) error {
 	for _, u := range image.Users {
 		if err := m.addUser(u); err != nil {
@@ -594,6 +662,7 @@ func (m *memory) load(image *snapshot) error {
 			return fmt.Errorf("session %q: %w", session.Key, err)
 		}
 	}
+	m.ideas = make(map[string]*idea, len(image.Ideas))
 	for _, i := range image.Ideas {
 		if err := m.addIdea(i); err != nil {
 			return fmt.Errorf("idea %q: %w", i.ID, err)
@@ -615,6 +684,7 @@ func (s *store) replay(number uint64, torn bool) (bool, error) {
 	case torn:
 		return false, fmt.Errorf("%s goes on where the journal before it is torn", path)
 	}
+	s.size += int64(len(data))
 	sum := s.firstSum(number)
 	for line := 1; len(data) > 0; line++ {
 		text, rest, whole := bytes.Cut(data, []byte("\n"))
@@ -656,23 +726,30 @@ func (s *store) replayLine(line []byte, sum uint32) (uint32, error) {
 	return sum, nil
 }
 
-// start makes the store ready for changes.
-func (s *store) start() error {
+// start makes the store ready for changes. After a clean close there is only
+// an empty journal to open.
+func (s *store) start() (err error) {
 	if s.path == "" {
 		return nil
 	}
+	defer func() { go debug.FreeOSMemory() }() // recovery leaves much garbage
 	s.renewing.Lock()
 	defer s.renewing.Unlock()
-	return s.renew()
+	if s.base == 0 || s.number > s.base || s.size > 0 {
+		return s.renew()
+	}
+	s.sum = s.firstSum(s.base)
+	s.journal, err = os.OpenFile(s.journalPath(s.base), os.O_RDWR, 0)
+	return err
 }
 
-// close leaves everything in FILE, with an empty journal.
+// close leaves everything in FILE, with an empty journal. The store cannot be
+// used any more.
 func (s *store) close() (err error) {
 	if s.path == "" {
 		return nil
 	}
-	s.renewing.Lock()
-	defer s.renewing.Unlock()
+	s.renewing.Lock() // for ever: whoever is late must not touch the files
 	if s.journal != nil {
 		err = errors.Join(s.renew(), s.journal.Close())
 	}
