@@ -313,7 +313,8 @@ func (s *store) writeLine(line []byte) error {
 		}
 		s.failed = s.number
 	}
-	if cut := s.disk.do("truncate", name, func() error { return s.journal.Truncate(s.size) }); cut != nil {
+	cut := func() error { return errors.Join(s.journal.Truncate(s.size), s.journal.Sync()) }
+	if s.disk.do("truncate", name, cut) != nil {
 		s.failed = s.number
 	}
 	return err
