@@ -160,6 +160,11 @@ func TestSessions(t *testing.T) {
 		< 201
 		{"jwt":"$jwt","refresh_token":"$refresh"}
 
+		> GET /me
+		> X-Access-Token: $jwt
+		< 200
+		{"email":"Jack@Test.com","name":"Jack","avatar_url":"https://www.gravatar.com/avatar/fa2c68091754539761e1f655424ae200?d=mm\u0026s=200"}
+
 		# The e-mail is the same in any case, and trimmed; the password is not.
 		> POST /users
 		{"email":" jack@test.com\n","name":"Jill","password":"the-Secret-123"}
