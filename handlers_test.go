@@ -24,6 +24,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -617,6 +618,62 @@ func TestBeyondTheDocument(t *testing.T) {
 	}
 }
 
+// While the disk is full nothing changes, reads go on, and it heals by itself.
+func TestFullDisk(t *testing.T) {
+	s := newTestServer(t, rfcKey())
+	s.store = mustOpen(t, t.TempDir()+"/ideapool.json")
+	var full atomic.Bool
+	s.store.disk.step = func(op, path string, do func() error) error {
+		if op == "write" && full.Load() {
+			return syscall.ENOSPC
+		}
+		return do()
+	}
+	if err := s.store.start(); err != nil {
+		t.Fatal(err)
+	}
+	c := newClient(t, s)
+	c.signUp("jack@test.com")
+	full.Store(true)
+	c.play(`
+		> POST /ideas
+		> X-Access-Token: $jwt
+		{"content":"a","impact":1,"ease":1,"confidence":1}
+		< 503
+		< Retry-After: 1
+		{"reason":"nothing can be stored just now; try again in a moment"}
+		> POST /users
+		{"email":"jill@test.com","name":"Jill","password":"the-Secret-123"}
+		< 503
+		> POST /access-tokens
+		{"email":"jack@test.com","password":"the-Secret-123"}
+		< 503
+		> DELETE /access-tokens
+		> X-Access-Token: $jwt
+		{"refresh_token":"$refresh"}
+		< 503
+		> GET /healthz
+		< 503
+		> GET /ideas
+		> X-Access-Token: $jwt
+		< 200
+		[]
+	`)
+	full.Store(false)
+	c.play(`
+		> GET /healthz
+		< 200
+		{"status":"ok"}
+		> POST /access-tokens/refresh
+		{"refresh_token":"$refresh"}
+		< 200
+		> POST /ideas
+		> X-Access-Token: $jwt
+		{"content":"a","impact":1,"ease":1,"confidence":1}
+		< 201
+	`)
+}
+
 // Bodies of every kind, each with what is wrong with it.
 func TestBodies(t *testing.T) {
 	const (
@@ -849,9 +906,8 @@ func TestGuessing(t *testing.T) {
 			}
 		}
 		for _, email := range []string{"jack@test.com", "nobody@test.com"} {
-			for n := range 9 {
+			for range 9 {
 				expect(logIn("192.0.2.1:1", email, wrong), refused)
-				_ = n
 			}
 			expect(logIn("192.0.2.1:2", strings.ToUpper(email), wrong), refused)
 			expect(logIn("192.0.2.1:3", email, right), fmt.Sprintf(throttled, 30))
@@ -1077,6 +1133,25 @@ func TestSlowClients(t *testing.T) {
 	}
 }
 
+// pipes are a network in memory, the only one whose time is synctest's.
+type pipes chan net.Conn
+
+func (p pipes) dial() net.Conn {
+	client, server := net.Pipe()
+	p <- server
+	return client
+}
+
+func (p pipes) Accept() (net.Conn, error) {
+	if conn, ok := <-p; ok {
+		return conn, nil
+	}
+	return nil, net.ErrClosed
+}
+
+func (p pipes) Close() error   { close(p); return nil }
+func (p pipes) Addr() net.Addr { return &net.UnixAddr{} }
+
 // Requests under way when the server is told to stop have 10 seconds.
 func TestShutdown(t *testing.T) {
 	for _, test := range []struct {
@@ -1264,6 +1339,54 @@ Try it:
 	`)
 }
 
+// A command is the program, running.
+type command struct {
+	client *client
+	stderr *lockedBuffer
+	stop   func() error
+}
+
+func runCommand(t *testing.T, args ...string) *command {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	stderr := new(lockedBuffer)
+	done := make(chan error, 1)
+	go func() { done <- run(ctx, args, stderr) }()
+	stop := sync.OnceValue(func() error {
+		cancel()
+		return <-done
+	})
+	t.Cleanup(func() { stop() })
+	address := regexp.MustCompile(`(http://\S+)\n`)
+	for range 1000 {
+		if match := address.FindStringSubmatch(stderr.String()); match != nil {
+			c := newLocalClient(t, nil)
+			c.url = match[1]
+			return &command{c, stderr, stop}
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("it does not start: %v\n%s", stop(), stderr)
+	return nil
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.Buffer.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.Buffer.String()
+}
+
 func TestInMemory(t *testing.T) {
 	t.Chdir(t.TempDir())
 	run := runCommand(t, "-addr", "localhost:0", "-data", "")
@@ -1331,6 +1454,21 @@ func TestBadStarts(t *testing.T) {
 			t.Errorf("%s: leaves %v, was %v", test.args, after, before)
 		}
 	}
+}
+
+// folder returns all files in the working directory.
+func folder(t *testing.T) map[string]string {
+	files := make(map[string]string)
+	entries, err := os.ReadDir(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if data, err := os.ReadFile(e.Name()); err == nil && !strings.HasSuffix(e.Name(), ".lock") {
+			files[e.Name()] = string(data)
+		}
+	}
+	return files
 }
 
 func TestUsage(t *testing.T) {
@@ -1404,6 +1542,38 @@ func TestTour(t *testing.T) {
 	if len(steps) < 10 {
 		t.Errorf("the tour has %d steps", len(steps))
 	}
+}
+
+// curl does what the command does with the same arguments.
+func (c *client) curl(args string) string {
+	c.t.Helper()
+	method, target, body := "", "", ""
+	header := make(http.Header)
+	var option string
+	for _, arg := range regexp.MustCompile(`'[^']*'|"[^"]*"|\S+`).FindAllString(args, -1) {
+		if arg[0] != '\'' {
+			arg = c.expand(arg)
+		}
+		arg = strings.Trim(arg, `'"`)
+		switch {
+		case option == "-X":
+			method = arg
+		case option == "-H":
+			name, value, _ := strings.Cut(arg, ":")
+			header.Add(name, strings.TrimSpace(value))
+		case option == "-d":
+			body += strings.Repeat("&", min(len(body), 1)) + arg
+			method = cmp.Or(method, "POST")
+			header.Set("Content-Type", "application/x-www-form-urlencoded")
+		case arg[0] != '-':
+			_, target, _ = strings.Cut(arg, "localhost:8080")
+		}
+		option = ""
+		if strings.HasPrefix(arg, "-") {
+			option = arg
+		}
+	}
+	return c.send(cmp.Or(method, "GET"), target, header, body).body
 }
 
 // No body, query, header or path gives a 5xx, a redirect or an answer that is
@@ -1707,38 +1877,6 @@ func (c *client) ask(route, contentType, body string) string {
 	return strings.TrimSpace(fmt.Sprint(a.StatusCode, " ", a.reason))
 }
 
-// curl does what the command does with the same arguments.
-func (c *client) curl(args string) string {
-	c.t.Helper()
-	method, target, body := "", "", ""
-	header := make(http.Header)
-	var option string
-	for _, arg := range regexp.MustCompile(`'[^']*'|"[^"]*"|\S+`).FindAllString(args, -1) {
-		if arg[0] != '\'' {
-			arg = c.expand(arg)
-		}
-		arg = strings.Trim(arg, `'"`)
-		switch {
-		case option == "-X":
-			method = arg
-		case option == "-H":
-			name, value, _ := strings.Cut(arg, ":")
-			header.Add(name, strings.TrimSpace(value))
-		case option == "-d":
-			body += strings.Repeat("&", min(len(body), 1)) + arg
-			method = cmp.Or(method, "POST")
-			header.Set("Content-Type", "application/x-www-form-urlencoded")
-		case arg[0] != '-':
-			_, target, _ = strings.Cut(arg, "localhost:8080")
-		}
-		option = ""
-		if strings.HasPrefix(arg, "-") {
-			option = arg
-		}
-	}
-	return c.send(cmp.Or(method, "GET"), target, header, body).body
-}
-
 // An answer is a response that was read, and in which all is as it must be in
 // each.
 type answer struct {
@@ -1822,86 +1960,4 @@ func (a *answer) check(method string, network bool) (fault string) {
 		}
 	}
 	return ""
-}
-
-// A command is the program, running.
-type command struct {
-	client *client
-	stderr *lockedBuffer
-	stop   func() error
-}
-
-func runCommand(t *testing.T, args ...string) *command {
-	t.Helper()
-	ctx, cancel := context.WithCancel(t.Context())
-	stderr := new(lockedBuffer)
-	done := make(chan error, 1)
-	go func() { done <- run(ctx, args, stderr) }()
-	stop := sync.OnceValue(func() error {
-		cancel()
-		return <-done
-	})
-	t.Cleanup(func() { stop() })
-	address := regexp.MustCompile(`(http://\S+)\n`)
-	for range 1000 {
-		if match := address.FindStringSubmatch(stderr.String()); match != nil {
-			c := newLocalClient(t, nil)
-			c.url = match[1]
-			return &command{c, stderr, stop}
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatalf("it does not start: %v\n%s", stop(), stderr)
-	return nil
-}
-
-type lockedBuffer struct {
-	mu sync.Mutex
-	bytes.Buffer
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.Buffer.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.Buffer.String()
-}
-
-// pipes are a network in memory, the only one whose time is synctest's.
-type pipes chan net.Conn
-
-func (p pipes) dial() net.Conn {
-	client, server := net.Pipe()
-	p <- server
-	return client
-}
-
-func (p pipes) Accept() (net.Conn, error) {
-	if conn, ok := <-p; ok {
-		return conn, nil
-	}
-	return nil, net.ErrClosed
-}
-
-func (p pipes) Close() error   { close(p); return nil }
-func (p pipes) Addr() net.Addr { return &net.UnixAddr{} }
-
-// folder returns all files in the working directory.
-func folder(t *testing.T) map[string]string {
-	files := make(map[string]string)
-	entries, err := os.ReadDir(".")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range entries {
-		if data, err := os.ReadFile(e.Name()); err == nil && !strings.HasSuffix(e.Name(), ".lock") {
-			files[e.Name()] = string(data)
-		}
-	}
-	return files
 }
