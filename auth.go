@@ -90,12 +90,12 @@ func (s *server) authenticate(r *http.Request, email, password string) (user, er
 		u.Password = noPassword
 	}
 	return u, s.hashing.do(r.Context(), func() error {
-		// Again, as those before in the line may have failed.
-		if err := s.guesses.check(guesser); err != nil {
+		// Those before in the line may have failed. This one counts as a
+		// failure until it is none, so that none slips through beside it.
+		if err := s.guesses.take(guesser); err != nil {
 			return err
 		}
 		if !isPassword(password, u.Password) {
-			s.guesses.failed(guesser)
 			return errWrongLogIn
 		}
 		s.guesses.succeeded(guesser)
@@ -204,6 +204,7 @@ const (
 	argonMemory  = 19_456 // KiB
 	argonTime    = 2
 	argonThreads = 1
+	hashBytes    = 32
 	argonFormat  = "$argon2id$v=%d$m=%d,t=%d,p=%d$"
 )
 
@@ -216,7 +217,7 @@ func (s *server) hashPassword(ctx context.Context, password string) (hash string
 	err = s.hashing.do(ctx, func() error {
 		salt := make([]byte, 16)
 		rand.Read(salt) // never fails
-		sum := argon2.IDKey([]byte(password), salt, argonTime, argonMemory, argonThreads, 32)
+		sum := argon2.IDKey([]byte(password), salt, argonTime, argonMemory, argonThreads, hashBytes)
 		encode := base64.RawStdEncoding.EncodeToString
 		hash = fmt.Sprintf(argonFormat, argon2.Version, argonMemory, argonTime, argonThreads) +
 			encode(salt) + "$" + encode(sum)
@@ -237,9 +238,12 @@ func isPassword(password, hash string) bool {
 		return false
 	}
 	encodedSalt, encodedSum, _ := strings.Cut(rest, "$")
-	salt, _ := base64.RawStdEncoding.DecodeString(encodedSalt)
-	want, _ := base64.RawStdEncoding.DecodeString(encodedSum)
-	got := argon2.IDKey([]byte(password), salt, time, memory, threads, uint32(len(want)))
+	salt, err1 := base64.RawStdEncoding.DecodeString(encodedSalt)
+	want, err2 := base64.RawStdEncoding.DecodeString(encodedSum)
+	if err1 != nil || err2 != nil || version != argon2.Version || time < 1 || threads < 1 || len(want) != hashBytes {
+		return false
+	}
+	got := argon2.IDKey([]byte(password), salt, time, memory, threads, hashBytes)
 	return subtle.ConstantTimeCompare(got, want) == 1
 }
 
@@ -276,7 +280,7 @@ func (g gate) do(ctx context.Context, work func() error) error {
 }
 
 // guesses throttles failed log-ins: after ten, a guesser must wait, and each
-// further failure doubles the wait. Others log in as ever.
+// further failure doubles the wait. Others log in as usual.
 type guesses struct {
 	mu   sync.Mutex
 	made map[guesser]failures
@@ -316,23 +320,25 @@ func (e throttledError) seconds() string {
 	return strconv.Itoa(int(math.Ceil(time.Duration(e).Seconds())))
 }
 
+// check returns a throttledError if the guesser must wait.
 func (g *guesses) check(who guesser) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if wait := time.Until(g.made[who].until); wait > 0 {
-		return throttledError(wait)
-	}
-	return nil
+	return g.made[who].check()
 }
 
-func (g *guesses) failed(who guesser) {
+// take does the same, and else counts a failure.
+func (g *guesses) take(who guesser) error {
 	const (
 		forgetAfter = time.Hour
-		limit       = 50_000 // 20 MB; to make as many takes longer than to wait
+		limit       = 50_000 // 20 MB; then all are forgotten
 	)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	f, known := g.made[who]
+	if err := f.check(); err != nil {
+		return err
+	}
 	if !known && len(g.made) >= limit {
 		clear(g.made)
 	}
@@ -342,6 +348,14 @@ func (g *guesses) failed(who guesser) {
 	f.count++
 	f.until = time.Now().Add(waitAfter(f.count))
 	g.made[who] = f
+	return nil
+}
+
+func (f failures) check() error {
+	if wait := time.Until(f.until); wait > 0 {
+		return throttledError(wait)
+	}
+	return nil
 }
 
 // waitAfter is 30 seconds after ten failures, and doubles up to 15 minutes.
@@ -365,7 +379,7 @@ func (g *guesses) succeeded(who guesser) {
 const maxSessions = 100
 
 // addSession applies a log-in. What has expired goes by the times in the
-// records, so that a recovery comes to the same.
+// records, so that a recovery gives the same result.
 func (m *memory) addSession(s session) error {
 	_, twice := m.sessions[s.Key]
 	if _, known := m.users[s.UserID]; twice || !known {

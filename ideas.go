@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -90,14 +91,7 @@ func (s *server) listIdeas(w http.ResponseWriter, r *http.Request, u user) error
 
 // jsonList makes a list of what is JSON already.
 func jsonList(elements [][]byte) []byte {
-	list := append(make([]byte, 0, 2048), '[')
-	for n, element := range elements {
-		if n > 0 {
-			list = append(list, ',')
-		}
-		list = append(list, element...)
-	}
-	return append(list, ']')
+	return slices.Concat([]byte("["), bytes.Join(elements, []byte(",")), []byte("]"))
 }
 
 // links names the pages beside this one (RFC 8288).
@@ -179,9 +173,9 @@ func (i *idea) record() []byte {
 
 func (i *idea) sum() int { return i.Impact + i.Ease + i.Confidence }
 
-// byRank orders ideas as they are listed, from the last to the first: the
-// lowest average first, and of equals the oldest. So a new idea, which goes on
-// top of its equals, comes in near the end, where there is little to move.
+// byRank orders a pool from the last of the list to the first: the lowest
+// average, and of equals the oldest. So a new idea, which is listed on top of
+// its equals, comes in near the end, where there is little to move.
 func byRank(a, b *idea) int {
 	return cmp.Or(cmp.Compare(a.sum(), b.sum()), strings.Compare(a.ID, b.ID))
 }
@@ -205,7 +199,7 @@ func (m *memory) addIdea(i *idea) error {
 // complete checks and seals an idea that comes from a file.
 func (i *idea) complete() error {
 	if i.json != nil {
-		return nil // it comes from a handler
+		return nil // it is sealed already
 	}
 	for _, score := range []int{i.Impact, i.Ease, i.Confidence} {
 		if score < 1 || score > maxScore {
@@ -250,7 +244,7 @@ func (m *memory) listIdea(i *idea) {
 	m.pools[i.Owner] = slices.Insert(pool, at, i)
 }
 
-// findIdea does not tell an idea of somebody else's from none.
+// findIdea does not reveal that an idea is somebody else's.
 func (m *memory) findIdea(owner, id string) (*idea, error) {
 	if i := m.ideas[id]; i != nil && i.Owner == owner {
 		return i, nil

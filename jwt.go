@@ -51,8 +51,8 @@ type claims struct {
 	Name    string `json:"name"`
 }
 
-// A grant is what a token is worth. There is one token for each: what else it
-// says follows from the user, and its signature from what it says.
+// A grant is what a token is worth. It identifies the token: those of one user
+// that expire in the same second are the same to the byte.
 type grant struct {
 	userID  string
 	expires int64 // seconds since 1970
@@ -95,8 +95,10 @@ func (t *tokens) verify(token string) (grant, error) {
 			return grant{}, errToken
 		}
 	}
-	// Refused at that very second (RFC 7519 §4.1.4).
-	if time.Now().Unix() >= g.expires || !known && !t.remember(token, g) {
+	if time.Now().Unix() >= g.expires { // refused at that very second (RFC 7519 §4.1.4)
+		return grant{}, errToken
+	}
+	if !known && !t.remember(token, g) {
 		return grant{}, errToken
 	}
 	return g, nil
@@ -158,7 +160,8 @@ func (t *tokens) remember(token string, g grant) bool {
 	return true
 }
 
-// revoke ends a token before its time. That is remembered until then.
+// revoke ends a token before its time. That is remembered until then, but not
+// over a restart.
 func (t *tokens) revoke(token string) {
 	g, err := t.verify(token)
 	if err != nil {

@@ -84,20 +84,24 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 
 	log := newLogger(stderr, o.quiet)
 	key, err := readKey(o.key)
-	made := errors.Is(err, fs.ErrNotExist)
-	if err != nil && !made {
+	isNew := errors.Is(err, fs.ErrNotExist)
+	if err != nil && !isNew {
 		return fmt.Errorf("-key %s: %w", o.key, err)
 	}
-	if !made && !isPrivate(o.key) {
+	if !isNew && !isPrivate(o.key) {
 		log.Warn("others can read the key, and so make tokens", "file", o.key)
 	}
 	store, err := openStore(o.data, log)
 	if err != nil {
 		return fmt.Errorf("-data %s: %w", o.data, err)
 	}
-	defer func() { err = errors.Join(err, store.close()) }()
+	defer func() {
+		if err = errors.Join(err, store.close()); err == nil {
+			fmt.Fprintln(stderr, "Idea Pool has stopped.")
+		}
+	}()
 
-	if made {
+	if isNew {
 		if key, err = makeKey(o.key); err != nil {
 			return fmt.Errorf("-key %s: %w", o.key, err)
 		}
@@ -106,9 +110,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		return fmt.Errorf("-data %s: %w", o.data, err)
 	}
 	greet(stderr, listener.Addr(), o)
-	err = serve(ctx, newServer(o, key, store, log), listener)
-	fmt.Fprintln(stderr, "Idea Pool has stopped.")
-	return err
+	return serve(ctx, newServer(o, key, store, log), listener)
 }
 
 // options are the command's flags.
@@ -251,6 +253,7 @@ func (s *server) routes() {
 
 	s.public("GET /.well-known/jwks.json", s.jwks)
 	s.public("GET /healthz", s.healthz)
+	s.public("/", s.noRoute)
 }
 
 // A handler answers a request, or returns an error and has written nothing.
@@ -281,13 +284,13 @@ func newServer(o options, key *rsa.PrivateKey, store *store, log *slog.Logger) *
 		store:      store,
 		tokens:     newTokens(key, o.accessTTL),
 		refreshTTL: o.refreshTTL,
-		hashing:    newGate(max(1, runtime.GOMAXPROCS(0)-1), 100), // a core is left to all else
+		hashing:    newGate(max(1, runtime.GOMAXPROCS(0)-1), 100), // one core, if there are more, is for all else
 		guesses:    guesses{made: make(map[guesser]failures)},
 		log:        log,
 		headers: http.Header{
 			"X-Content-Type-Options": {"nosniff"},
 			"X-Frame-Options":        {"SAMEORIGIN"},
-			"Cache-Control":          {"no-store"}, // all here is private or a credential
+			"Cache-Control":          {"no-store"}, // nearly all is private, or a credential
 		},
 		cors:     o.corsOrigin != "none",
 		idPrefix: rand.Text()[:8] + "-",
@@ -309,17 +312,16 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	id := s.idPrefix + strconv.FormatUint(s.requests.Add(1), 10)
 	maps.Copy(w.Header(), s.headers)
 	w.Header().Set("X-Request-Id", id)
-	// Before w is wrapped: MaxBytesReader tells net/http's own writer to close
-	// the connection.
-	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+	if r.ContentLength != 0 {
+		// Before w is wrapped: MaxBytesReader tells net/http's own writer to
+		// close the connection.
+		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+	}
 
 	answer := &response{ResponseWriter: w}
 	s.dispatch(answer, r)
 
 	level := answer.logLevel()
-	if !s.log.Enabled(r.Context(), level) {
-		return
-	}
 	attrs := []slog.Attr{
 		slog.String("method", r.Method),
 		slog.String("path", r.URL.Path),
@@ -333,37 +335,32 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.log.LogAttrs(r.Context(), level, "request", attrs...)
 }
 
-// dispatch hands the request to its route. The mux would answer what it has no
-// route for as text, and an untidy path with a redirect, which breaks the
-// preflight of browsers.
+// dispatch hands the request to its route.
 func (s *server) dispatch(w *response, r *http.Request) {
 	defer func() {
 		if p := recover(); p != nil {
 			w.fail(fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
 		}
 	}()
-	r = tidyPath(r)
-	_, pattern := s.mux.Handler(r)
 	switch {
 	case s.cors && r.Method == http.MethodOptions:
 		preflight(w, r)
 	case r.ContentLength > maxBody:
 		w.fail(errTooLarge)
-	case pattern == "":
-		w.fail(s.noRoute(w, r))
 	default:
-		s.mux.ServeHTTP(w, r)
+		s.mux.ServeHTTP(w, tidyPath(r))
 	}
 }
 
-// tidyPath serves //ideas and /ideas/ as /ideas.
+// tidyPath serves //ideas and /ideas/ as /ideas. The mux would redirect, which
+// breaks the preflight of browsers.
 func tidyPath(r *http.Request) *http.Request {
-	tidy := path.Clean("/" + r.URL.Path)
-	if tidy == r.URL.Path && r.URL.RawPath == "" {
+	if path.Clean(r.URL.Path) == r.URL.Path && r.URL.RawPath == "" && r.RequestURI != "*" {
 		return r
 	}
 	copied := *r
-	copied.URL = &url.URL{Path: tidy, RawQuery: r.URL.RawQuery}
+	copied.URL = &url.URL{Path: path.Clean("/" + r.URL.Path), RawQuery: r.URL.RawQuery}
+	copied.RequestURI = ""
 	return &copied
 }
 
@@ -379,13 +376,14 @@ func preflight(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// noRoute tells a wrong path from a wrong method, for which it sets Allow
-// (RFC 9110 §15.5.6).
+// noRoute distinguishes a wrong path from a wrong method, for which it sets
+// Allow (RFC 9110 §15.5.6). It takes all that no other route does; the mux
+// itself would answer in text.
 func (s *server) noRoute(w http.ResponseWriter, r *http.Request) error {
 	var allowed []string
 	for _, method := range []string{"GET", "HEAD", "POST", "PUT", "DELETE"} {
 		probe := &http.Request{Method: method, Host: r.Host, URL: r.URL}
-		if _, pattern := s.mux.Handler(probe); pattern != "" {
+		if _, pattern := s.mux.Handler(probe); pattern != "/" {
 			allowed = append(allowed, method)
 		}
 	}
@@ -420,6 +418,9 @@ func (w *response) WriteHeader(status int) {
 // The words of a failure of ours stay in the log.
 func (w *response) fail(err error) {
 	w.err = err
+	if w.status != 0 {
+		return // too late: half an answer is out
+	}
 	status, reason := statusOf(err), err.Error()
 	switch status {
 	case http.StatusUnauthorized:
@@ -444,7 +445,7 @@ func (w *response) fail(err error) {
 func statusOf(err error) int {
 	is := func(target error) bool { return errors.Is(err, target) }
 	switch {
-	case is(errNotJSON), is(errTwice), is(errWrongLogIn), is(errRefreshToken):
+	case is(errNotJSON), is(errNotForm), is(errTwice), is(errWrongLogIn), is(errRefreshToken):
 		return http.StatusBadRequest
 	case is(errToken):
 		return http.StatusUnauthorized
@@ -474,6 +475,7 @@ var (
 	errNoRoute   = errors.New("there is nothing here")
 	errMethod    = errors.New("this method is not for this path")
 	errNotJSON   = errors.New("the body must be one JSON object, or a form")
+	errNotForm   = errors.New("the form or query cannot be read")
 	errTwice     = errors.New("something is given twice")
 	errTooLarge  = errors.New("the body must be at most 64 KiB")
 	errMediaType = errors.New("the Content-Type must be application/json or application/x-www-form-urlencoded")
@@ -505,7 +507,7 @@ func writeJSON(w http.ResponseWriter, status int, v any) error {
 func writeBody(w http.ResponseWriter, status int, body []byte) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json; charset=utf-8")
-	if len(body) > 2048 { // the length of a shorter one net/http sees itself
+	if len(body) > 2048 { // net/http adds that of a shorter one, and cheaper
 		h.Set("Content-Length", strconv.Itoa(len(body)))
 	}
 	w.WriteHeader(status)
@@ -578,7 +580,7 @@ func parseObject(body []byte) (*input, error) {
 func parseQuery(query string) (*input, error) {
 	values, err := url.ParseQuery(query)
 	if err != nil {
-		return nil, errNotJSON
+		return nil, errNotForm
 	}
 	in := &input{members: make(map[string]any)}
 	for name, all := range values {
@@ -598,20 +600,14 @@ func (in *input) has(name string) bool {
 // text reads 1 to limit characters, after trimming.
 func (in *input) text(name string, limit int) string {
 	s := strings.TrimSpace(in.string(name))
-	if n := utf8.RuneCountInString(s); n < 1 || n > limit {
-		in.fail(name, fmt.Sprintf("must be 1 to %d characters long", limit))
-	}
-	in.checkRunes(name, s)
+	in.check(name, s, utf8.RuneCountInString(s), limit, "characters")
 	return s
 }
 
 // secret reads 1 to limit bytes as they are, with no trimming.
 func (in *input) secret(name string, limit int) string {
 	s := in.string(name)
-	if len(s) < 1 || len(s) > limit {
-		in.fail(name, fmt.Sprintf("must be 1 to %d bytes long", limit))
-	}
-	in.checkRunes(name, s)
+	in.check(name, s, len(s), limit, "bytes")
 	return s
 }
 
@@ -625,9 +621,12 @@ func (in *input) string(name string) string {
 	return s
 }
 
-// checkRunes keeps out control characters, and U+FFFD, which encoding/json
-// puts in place of what is not Unicode: two passwords could become one.
-func (in *input) checkRunes(name, s string) {
+// check keeps out control characters, and U+FFFD, which encoding/json puts in
+// place of what is not Unicode: two passwords could become one.
+func (in *input) check(name, s string, length, limit int, unit string) {
+	if length < 1 || length > limit {
+		in.fail(name, fmt.Sprintf("must be 1 to %d %s long", limit, unit))
+	}
 	unwanted := func(r rune) bool {
 		return r == utf8.RuneError || unicode.IsControl(r) && r != '\t' && r != '\n'
 	}

@@ -29,13 +29,13 @@ import (
 // whatever happens a moment later. It keeps
 //
 //	FILE                   the snapshot: all there was when it was written
-//	FILE.journal.00000008  the changes since, one line a commit; FILE names it
+//	FILE.journal.00000008  the changes since, one line an fsync; FILE names it
 //	FILE.lock              held by the one process that may use them
 //
 // A change is (1) written to the journal, (2) fsynced, (3) applied to memory
 // and (4) answered. So memory is at every moment what was acknowledged: there
 // is nothing to undo, and recovery, which applies the same changes in the same
-// order, comes to the same. Everything unusual is one operation, renew: begin
+// order, gives the same result. Everything unusual is one operation, renew: begin
 // the next journal, write a snapshot that names it, remove the older journals.
 //
 // Locks are taken in the order renewing, diskMu, then queueMu or mu.
@@ -44,7 +44,7 @@ type store struct {
 	memory
 
 	queueMu sync.Mutex
-	queue   []*commit // for the next who gets diskMu
+	queue   []*pending // for its first, who waits for diskMu
 
 	diskMu  sync.Mutex // to write the journal
 	journal *os.File
@@ -54,7 +54,7 @@ type store struct {
 	limit   int64     // the size at which to renew
 	base    uint64    // the journal that FILE names
 	failed  uint64    // a journal that must not be written any more, and all before
-	healed  time.Time // when that was last tried
+	healing time.Time // when a renew for that was last tried
 
 	renewing sync.Mutex  // held by the one renew there may be
 	failing  atomic.Bool // the last change could not be stored
@@ -78,7 +78,7 @@ type memory struct {
 }
 
 // A change is one thing that happened, as the journal has it: with its
-// results, such as ids and times, and nothing that must be computed again.
+// results, such as ids, times and hashes, and not with what they were made of.
 type change struct {
 	User    *user    `json:"user,omitempty"`    // signed up
 	Session *session `json:"session,omitempty"` // logged in
@@ -90,7 +90,7 @@ type change struct {
 
 var (
 	errNotStored     = errors.New("nothing can be stored just now; try again in a moment")
-	errContradiction = errors.New("contradicts itself")
+	errContradiction = errors.New("cannot be right")
 )
 
 // What the handlers ask for:
@@ -166,8 +166,8 @@ func (s *store) deleteIdea(owner, id string) error {
 	return s.commit(change{Delete: i})
 }
 
-// check returns errNotStored while changes cannot be stored. It finds out by
-// trying, as nobody else may.
+// check returns errNotStored while changes cannot be stored. It tries, as no
+// other change may come.
 func (s *store) check() error {
 	if s.failing.Load() {
 		return s.commit(change{})
@@ -196,33 +196,34 @@ func (m *memory) sawID(id string) {
 
 // How a change is made:
 
-// A commit is a change on its way to the disk.
-type commit struct {
+// A pending change is on its way to the disk.
+type pending struct {
 	change
 	record []byte // the change in JSON
-	done   bool
 	err    error
+	done   chan struct{} // closed when err is known
 }
 
 // commit stores a change, applies it, and returns what came of it. Changes
-// that come at the same time share an fsync: whoever has the disk stores the
-// whole queue, and the others find theirs done.
+// that come at the same time share an fsync: the first of a queue waits for the
+// disk, and stores all who have joined by then.
 func (s *store) commit(c change) error {
 	record, err := json.Marshal(c)
 	if err != nil {
 		return err
 	}
-	mine := &commit{change: c, record: record}
+	mine := &pending{change: c, record: record, done: make(chan struct{})}
 	s.queueMu.Lock()
 	s.queue = append(s.queue, mine)
+	first := len(s.queue) == 1
 	s.queueMu.Unlock()
-	runtime.Gosched() // let others join
-
-	s.diskMu.Lock()
-	defer s.diskMu.Unlock()
-	if !mine.done {
+	if first {
+		s.diskMu.Lock()
+		runtime.Gosched() // let others join
 		s.storeQueue()
+		s.diskMu.Unlock()
 	}
+	<-mine.done
 	return mine.err
 }
 
@@ -237,10 +238,10 @@ func (s *store) storeQueue() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, c := range queue {
-		c.done, c.err = true, err
-		if err == nil {
+		if c.err = err; err == nil {
 			c.err = s.apply(c.change)
 		}
+		close(c.done)
 	}
 }
 
@@ -269,13 +270,13 @@ func (m *memory) apply(c change) error {
 
 // appendToJournal returns once the changes are on disk, or errNotStored and
 // they are not.
-func (s *store) appendToJournal(queue []*commit) error {
+func (s *store) appendToJournal(queue []*pending) error {
 	if s.path == "" {
 		return nil
 	}
 	if s.failed >= s.base { // FILE still needs a journal that cannot go on
-		if time.Since(s.healed) > time.Second {
-			s.healed = time.Now()
+		if time.Since(s.healing) > time.Second {
+			s.healing = time.Now()
 			s.renewBeside()
 		}
 		return errNotStored
@@ -322,7 +323,7 @@ func (s *store) writeLine(line []byte) error {
 
 // encodeLine makes a line of the journal: the checksum of all lines so far, so
 // that none can be missing or in another place, a blank, and the changes.
-func encodeLine(sum uint32, queue []*commit) ([]byte, uint32) {
+func encodeLine(sum uint32, queue []*pending) ([]byte, uint32) {
 	records := make([][]byte, len(queue))
 	for n, c := range queue {
 		records[n] = c.record
@@ -405,6 +406,12 @@ func (s *store) nextJournal() (*snapshot, error) {
 		s.journal, s.number, s.size = f, s.number+1, 0
 		s.sum = s.firstSum(s.number)
 	}
+	return s.image(), nil
+}
+
+// image returns what a snapshot is to hold. It takes references only: what they
+// refer to is replaced, not changed.
+func (s *store) image() *snapshot {
 	image := &snapshot{Format: 1, Store: s.id, Journal: s.number, Users: slices.Collect(maps.Values(s.users))}
 	for _, keys := range s.logIns {
 		for _, key := range keys {
@@ -415,7 +422,7 @@ func (s *store) nextJournal() (*snapshot, error) {
 	for _, pool := range s.pools {
 		image.Ideas = append(image.Ideas, pool...)
 	}
-	return image, nil
+	return image
 }
 
 // removeJournals removes those before a number.
@@ -456,13 +463,14 @@ type snapshot struct {
 
 const sumMember = ",\n\"crc32c\":"
 
-// encode writes the snapshot bit by bit: as a whole it would take as much
+// encode writes the snapshot piece by piece: as a whole it would take as much
 // memory again as all there is.
 func (image *snapshot) encode(w io.Writer) error {
 	sum := crc32.New(castagnoli())
 	summed := io.MultiWriter(w, sum)
-	fmt.Fprintf(summed, `{"format":%d,"store":%q,"journal":%d`, image.Format, image.Store, image.Journal)
-	err := errors.Join(
+	id, err := json.Marshal(image.Store)
+	fmt.Fprintf(summed, `{"format":%d,"store":%s,"journal":%d`, image.Format, id, image.Journal)
+	err = errors.Join(err,
 		encodeList(summed, "users", image.Users, json.Marshal),
 		encodeList(summed, "sessions", image.Sessions, json.Marshal),
 		encodeList(summed, "ideas", image.Ideas, func(i any) ([]byte, error) { return i.(*idea).record(), nil }))
@@ -511,6 +519,7 @@ func openStore(path string, log *slog.Logger) (*store, error) {
 		return nil, err
 	}
 	if err := lock(s.lock); err != nil {
+		s.lock.Close()
 		return nil, fmt.Errorf("%s is held by another process: %w", s.lock.Name(), err)
 	}
 	if err := s.recover(); err != nil {
@@ -651,7 +660,7 @@ func decodeIdeas(dec *json.Decoder) (ideas []*idea, err error) {
 	return ideas, err
 }
 
-// load takes over a snapshot. Whatever in it cannot be is damage.
+// load takes over a snapshot. Anything impossible in it is damage.
 func (m *memory) load(image *snapshot) error {
 	for _, u := range image.Users {
 		if err := m.addUser(u); err != nil {
@@ -672,8 +681,8 @@ func (m *memory) load(image *snapshot) error {
 	return nil
 }
 
-// replay applies a journal. It returns whether the end is torn: if there is no
-// later change, that was never acknowledged.
+// replay applies a journal. It returns whether the last line is torn: where no
+// later change follows, that was never acknowledged.
 func (s *store) replay(number uint64, torn bool) (bool, error) {
 	path := s.journalPath(number)
 	data, err := os.ReadFile(path)
@@ -715,7 +724,9 @@ func (s *store) replayLine(line []byte, sum uint32) (uint32, error) {
 		return 0, errors.New("is damaged: the checksum does not match")
 	}
 	var changes []change
-	if err := json.Unmarshal(list, &changes); err != nil {
+	dec := json.NewDecoder(bytes.NewReader(list))
+	dec.DisallowUnknownFields() // of a newer ideapool
+	if err := dec.Decode(&changes); err != nil {
 		return 0, err
 	}
 	for _, c := range changes {
@@ -770,13 +781,13 @@ func (d disk) do(op, path string, do func() error) error {
 	return d.step(op, path, do)
 }
 
-// create makes an empty file that only its owner can read, whatever the umask.
+// create makes an empty file that only its owner can read.
 func (d disk) create(path string) (f *os.File, err error) {
 	err = d.do("create", path, func() error {
 		if f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600); err != nil {
 			return err
 		}
-		return f.Chmod(0o600)
+		return f.Chmod(0o600) // an older one may be open to others
 	})
 	return f, err
 }

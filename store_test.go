@@ -328,7 +328,7 @@ func TestManyAtOnceBesideCompactions(t *testing.T) {
 	}
 	a.agrees("at the end")
 	a.agreesAfterAKill("after a kill")
-	if a.base < 10 {
+	if a.base < 3 {
 		t.Errorf("FILE was written %d times only", a.base)
 	}
 	a.restart()
@@ -529,8 +529,8 @@ func TestDamageIsRefused(t *testing.T) {
 		"a session twice":            person("user00001").logsIn("user00001-0", 10),
 		"a session without its user": person("user00009").logsIn("key", 10),
 	} {
-		line, _ := encodeLine((&store{id: id}).firstSum(3), []*commit{{record: []byte(inJSON(c))}})
-		tests = append(tests, damage{"a line with " + name, func(f files) { f[journal3] = string(line) }, journal3 + ":1: contradicts"})
+		line, _ := encodeLine((&store{id: id}).firstSum(3), []*pending{{record: []byte(inJSON(c))}})
+		tests = append(tests, damage{"a line with " + name, func(f files) { f[journal3] = string(line) }, journal3 + ":1: cannot be right"})
 	}
 	for _, test := range tests {
 		damaged := maps.Clone(whole)
@@ -1225,7 +1225,7 @@ func describe(users []user, sessions map[string][]session, ideas map[string][]*i
 	slices.SortFunc(users, func(a, b user) int { return strings.Compare(a.ID, b.ID) })
 	var text strings.Builder
 	for _, u := range users {
-		fmt.Fprintln(&text, "user", u)
+		fmt.Fprintln(&text, "user", u.ID, u.Email, u.Name, u.Password)
 		for _, s := range sessions[u.ID] {
 			fmt.Fprintln(&text, "  session", s)
 		}

@@ -3,6 +3,7 @@ package main
 import (
 	"crypto/md5"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"net/http"
 	"net/mail"
@@ -11,13 +12,14 @@ import (
 	"unicode/utf8"
 )
 
-// A user is someone who signed up. No answer is made of it, so that the hash
-// cannot get out.
+// A user is someone who signed up. No answer is made of it as a whole, so that
+// the hash cannot get out.
 type user struct {
 	ID       string `json:"id"`
-	Email    string `json:"email"` // as given; another's in lower case is never the same
+	Email    string `json:"email"` // as given; unique in lower case
 	Name     string `json:"name"`
 	Password string `json:"password"` // see hashPassword
+	profile  []byte // what GET /me answers; made once
 }
 
 var errEmailTaken = errors.New("there is a user with this e-mail already")
@@ -49,17 +51,14 @@ func (s *server) signUp(w http.ResponseWriter, r *http.Request) error {
 
 // me answers GET /me.
 func (s *server) me(w http.ResponseWriter, _ *http.Request, u user) error {
-	return writeJSON(w, http.StatusOK, struct {
-		Email     string `json:"email"`
-		Name      string `json:"name"`
-		AvatarURL string `json:"avatar_url"`
-	}{u.Email, u.Name, avatarURL(u.Email)})
+	writeBody(w, http.StatusOK, u.profile)
+	return nil
 }
 
 // avatarURL is the picture that Gravatar has for an e-mail, or its mystery
 // man (https://docs.gravatar.com/api/avatars/images/).
-func avatarURL(email string) string {
-	sum := md5.Sum([]byte(strings.ToLower(email)))
+func avatarURL(lowerEmail string) string {
+	sum := md5.Sum([]byte(lowerEmail))
 	return "https://www.gravatar.com/avatar/" + hex.EncodeToString(sum[:]) + "?d=mm&s=200"
 }
 
@@ -104,7 +103,7 @@ func (in *input) newPassword(name string) string {
 }
 
 // addUser applies a sign-up.
-func (m *memory) addUser(u user) error {
+func (m *memory) addUser(u user) (err error) {
 	email := strings.ToLower(u.Email)
 	if _, taken := m.emails[email]; taken {
 		return errEmailTaken
@@ -112,8 +111,13 @@ func (m *memory) addUser(u user) error {
 	if _, twice := m.users[u.ID]; twice || !isID(u.ID) || email == "" {
 		return errContradiction
 	}
+	u.profile, err = json.Marshal(struct {
+		Email     string `json:"email"`
+		Name      string `json:"name"`
+		AvatarURL string `json:"avatar_url"`
+	}{u.Email, u.Name, avatarURL(email)})
 	m.users[u.ID] = u
 	m.emails[email] = u.ID
 	m.sawID(u.ID)
-	return nil
+	return err
 }
