@@ -322,6 +322,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.dispatch(answer, r)
 
 	level := answer.logLevel()
+	if !s.log.Enabled(r.Context(), level) {
+		return
+	}
 	attrs := []slog.Attr{
 		slog.String("method", r.Method),
 		slog.String("path", r.URL.Path),

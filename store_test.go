@@ -474,9 +474,9 @@ func TestDamageIsRefused(t *testing.T) {
 		return damage{name, func(f files) { f.edit(old, new) }, error}
 	}
 	const (
-		idea1    = snapshotName + `: idea "idea00001": contradicts`
-		user1    = snapshotName + `: user "user00001": contradicts`
-		session1 = snapshotName + `: session "user00001-0": contradicts`
+		idea1    = snapshotName + `: idea "idea00001": cannot be right`
+		user1    = snapshotName + `: user "user00001": cannot be right`
+		session1 = snapshotName + `: session "user00001-0": cannot be right`
 	)
 	whole, states := chain(t)
 	file, path := whole[snapshotName], scratch(t)
@@ -498,7 +498,7 @@ func TestDamageIsRefused(t *testing.T) {
 		edit("score 0", `"tea","impact":5`, `"tea","impact":0`, idea1),
 		edit("score 5.5", `"tea","impact":5`, `"tea","impact":5.5`, snapshotName+": is damaged"),
 		edit("no content", `"tea"`, `""`, idea1),
-		edit("no id", `"id":"idea00001"`, `"id":"IDEA00001"`, snapshotName+`: idea "IDEA00001": contradicts`),
+		edit("no id", `"id":"idea00001"`, `"id":"IDEA00001"`, snapshotName+`: idea "IDEA00001": cannot be right`),
 		edit("an idea twice", `"id":"idea00002"`, `"id":"idea00001"`, idea1),
 		edit("a user twice", `"id":"user00002"`, `"id":"user00001"`, user1),
 		edit("an e-mail twice", "b@example.org", "A@EXAMPLE.ORG", errEmailTaken.Error()),
