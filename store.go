@@ -178,9 +178,10 @@ func (s *store) check() error {
 // newID returns nine characters that rise with time and never come twice:
 // tenths of milliseconds since 1970, in base 36.
 func (s *store) newID() string {
+	const shortest = 36 * 36 * 36 * 36 * 36 * 36 * 36 * 36 // of nine characters; in 1978
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lastID = max(s.lastID+1, uint64(time.Now().UnixMicro()/100))
+	s.lastID = max(s.lastID+1, uint64(time.Now().UnixMicro()/100), shortest)
 	return strconv.FormatUint(s.lastID, 36)
 }
 
@@ -359,6 +360,9 @@ func (s *store) renewBeside() {
 		defer s.renewing.Unlock()
 		if err := s.renew(); err != nil {
 			s.log.Error("cannot renew the files", "error", err)
+			s.diskMu.Lock()
+			s.limit = s.size + minLimit // not at each change from now on
+			s.diskMu.Unlock()
 		}
 	}()
 }
@@ -413,6 +417,9 @@ func (s *store) nextJournal() (*snapshot, error) {
 // refer to is replaced, not changed.
 func (s *store) image() *snapshot {
 	image := &snapshot{Format: 1, Store: s.id, Journal: s.number, Users: slices.Collect(maps.Values(s.users))}
+	s.mu.RLock()
+	image.LastID = s.lastID
+	s.mu.RUnlock()
 	for _, keys := range s.logIns {
 		for _, key := range keys {
 			image.Sessions = append(image.Sessions, s.sessions[key])
@@ -455,6 +462,7 @@ type snapshot struct {
 	Format   int       `json:"format"`
 	Store    string    `json:"store"`
 	Journal  uint64    `json:"journal"` // the one that continues it
+	LastID   uint64    `json:"last_id"` // which may be of something deleted
 	Users    []user    `json:"users"`
 	Sessions []session `json:"sessions"`
 	Ideas    []*idea   `json:"ideas"`
@@ -469,7 +477,7 @@ func (image *snapshot) encode(w io.Writer) error {
 	sum := crc32.New(castagnoli())
 	summed := io.MultiWriter(w, sum)
 	id, err := json.Marshal(image.Store)
-	fmt.Fprintf(summed, `{"format":%d,"store":%s,"journal":%d`, image.Format, id, image.Journal)
+	fmt.Fprintf(summed, `{"format":%d,"store":%s,"journal":%d,"last_id":%d`, image.Format, id, image.Journal, image.LastID)
 	err = errors.Join(err,
 		encodeList(summed, "users", image.Users, json.Marshal),
 		encodeList(summed, "sessions", image.Sessions, json.Marshal),
@@ -535,11 +543,10 @@ func realPath(path string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	real, err := filepath.EvalSymlinks(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
 		return filepath.Join(folder, filepath.Base(path)), nil
 	}
-	return real, err
+	return filepath.EvalSymlinks(path)
 }
 
 // recover reads the snapshot, and every journal from the one that it names.
@@ -606,7 +613,7 @@ func (image *snapshot) decode(data []byte) error {
 	dec := json.NewDecoder(bytes.NewReader(data))
 	dec.DisallowUnknownFields()
 	members := map[json.Token]any{
-		"format": &image.Format, "store": &image.Store, "journal": &image.Journal,
+		"format": &image.Format, "store": &image.Store, "journal": &image.Journal, "last_id": &image.LastID,
 		"users": &image.Users, "sessions": &image.Sessions, "crc32c": &image.CRC32C,
 	}
 	start, err := dec.Token()
@@ -672,6 +679,7 @@ func (m *memory) load(image *snapshot) error {
 			return fmt.Errorf("session %q: %w", session.Key, err)
 		}
 	}
+	m.lastID = max(m.lastID, image.LastID)
 	m.ideas = make(map[string]*idea, len(image.Ideas))
 	for _, i := range image.Ideas {
 		if err := m.addIdea(i); err != nil {
