@@ -499,7 +499,7 @@ func encodeList[T any](w io.Writer, name string, list []T, encode func(any) ([]b
 		w.Write(text)
 		separator = ",\n"
 	}
-	_, err := io.WriteString(w, "]")
+	_, err := io.WriteString(w, "]") // any error of w is still there
 	return err
 }
 
@@ -608,7 +608,7 @@ func sumOf(data []byte) string {
 	return fmt.Sprintf("%08x", crc32.Checksum(summed, castagnoli()))
 }
 
-// decode reads what encode writes.
+// decode reads what encode writes, and no more.
 func (image *snapshot) decode(data []byte) error {
 	dec := json.NewDecoder(bytes.NewReader(data))
 	dec.DisallowUnknownFields()
@@ -698,7 +698,7 @@ func (s *store) replay(number uint64, torn bool) (bool, error) {
 	case err != nil || len(data) == 0:
 		return torn, err
 	case s.base == 0:
-		return false, fmt.Errorf("%s continues %s, which does not", path, s.path)
+		return false, fmt.Errorf("%s holds changes, but %s does not name it", path, s.path)
 	case torn:
 		return false, fmt.Errorf("%s goes on where the journal before it is torn", path)
 	}

@@ -478,7 +478,7 @@ func TestDamageIsRefused(t *testing.T) {
 		edit("a session without its user", `"user":"user00001"`, `"user":"user00009"`, session1),
 		edit("another store", `"store":"`, `"store":"X`, journal2+":1: is damaged"),
 
-		{"no snapshot", func(f files) { delete(f, snapshotName) }, journal2 + " continues"},
+		{"no snapshot", func(f files) { delete(f, snapshotName) }, journal2 + " holds changes"},
 		{"no journal 2", func(f files) { delete(f, journal2) }, journal2 + " is missing"},
 		{"no journal", func(f files) { delete(f, journal2); delete(f, journal3) }, journal2 + " is missing"},
 		{"journals swapped", func(f files) { f[journal2], f[journal3] = f[journal3], f[journal2] }, journal2 + ":1: is damaged"},
