@@ -323,6 +323,17 @@ func TestAccessToken(t *testing.T) {
 	} {
 		c.play(fmt.Sprintf("> GET /me\n> %s\n< %d", test.headers, test.want))
 	}
+	// A token of ours is not enough: its user must be there.
+	token, err := c.handler.(*server).tokens.sign(claims{UserID: "000000000"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.vars["nobodys"] = token
+	c.play(`
+		> GET /me
+		> X-Access-Token: $nobodys
+		< 401
+	`)
 	// Public routes do not look at it.
 	c.play(`
 		> POST /access-tokens/refresh
@@ -446,10 +457,10 @@ func TestPages(t *testing.T) {
 		c.play(fmt.Sprintf(`
 			> POST /ideas
 			> X-Access-Token: $jwt
-			{"content":"the-content","impact":%d,"ease":1,"confidence":1}
+			{"content":"%[3]s","impact":%[1]d,"ease":1,"confidence":1}
 			< 201
-			{"id":"$id_%d","content":"the-content","impact":%[1]d,"ease":1,"confidence":1,"average_score":$average_%[1]d,"created_at":$t%[2]d}
-		`, 1+n%5, n))
+			{"id":"$id_%[2]d","content":"%[3]s","impact":%[1]d,"ease":1,"confidence":1,"average_score":$average_%[1]d,"created_at":$t%[2]d}
+		`, 1+n%5, n, strings.Repeat("a-long-content", 15)))
 	}
 	for impact := 5; impact >= 1; impact-- {
 		for n := 24; n >= 0; n-- {
@@ -1213,16 +1224,23 @@ func TestPanic(t *testing.T) {
 	s := newTestServer(t, rfcKey())
 	s.log = newLogger(&log, true)
 	s.public("GET /panic", func(http.ResponseWriter, *http.Request) error { panic("a secret") })
+	s.public("GET /late", func(w http.ResponseWriter, _ *http.Request) error {
+		writeJSON(w, 200, "done")
+		panic("a secret")
+	})
 	c := newClient(t, s)
 	c.play(`
 		> GET /panic
 		< 500
 		{"reason":"something went wrong on our side"}
+		> GET /late
+		< 200
+		"done"
 		> GET /healthz
 		< 200
 	`)
-	if got := log.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "a secret") || !strings.Contains(got, "handlers_test.go") {
-		t.Errorf("the log does not say in one line what panicked:\n%s", got)
+	if got := log.String(); strings.Count(got, "level=ERROR") != 2 || strings.Count(got, "\n") != 2 || !strings.Contains(got, "a secret") || !strings.Contains(got, "handlers_test.go") {
+		t.Errorf("the log does not say in one line each what panicked:\n%s", got)
 	}
 }
 

@@ -488,7 +488,7 @@ var (
 func (w *response) logLevel() slog.Level {
 	_, throttled := errors.AsType[throttledError](w.err)
 	switch {
-	case w.status >= 500:
+	case w.err != nil && statusOf(w.err) >= 500:
 		return slog.LevelError
 	case throttled, errors.Is(w.err, errWrongLogIn):
 		return slog.LevelWarn

@@ -104,6 +104,19 @@ func TestIDsRiseAndNeverRepeat(t *testing.T) {
 	}
 }
 
+// TestALogOutEndsOnesOwn has somebody else's key, past the first look.
+func TestALogOutEndsOnesOwn(t *testing.T) {
+	a := audit(t, noSync)
+	p := person(a.newID())
+	a.must(p.signsUp("a@example.org"))
+	a.must(p.logsIn("key", 10))
+	other := &session{Key: "key", UserID: a.newID()}
+	if err := a.commit(change{LogOut: other}); err != nil {
+		t.Error(err)
+	}
+	a.agrees("after another's log-out")
+}
+
 // TestSessionsThatEnd has log-ins at a second, each for 100 seconds. What has
 // expired goes with the next log-in, by the times in the records; by the clock
 // of today, all of these are long over.
