@@ -358,7 +358,7 @@ func (s *server) dispatch(w *response, r *http.Request) {
 // tidyPath serves //ideas and /ideas/ as /ideas. The mux would redirect, which
 // breaks the preflight of browsers.
 func tidyPath(r *http.Request) *http.Request {
-	if path.Clean(r.URL.Path) == r.URL.Path && r.URL.RawPath == "" && r.RequestURI != "*" {
+	if p := r.URL.Path; path.Clean(p) == p && p[0] == '/' && r.URL.RawPath == "" {
 		return r
 	}
 	copied := *r
