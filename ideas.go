@@ -196,8 +196,10 @@ func (m *memory) addIdea(i *idea) error {
 	if err := i.complete(); err != nil {
 		return err
 	}
+	pool := m.pools[i.Owner]
+	at, _ := slices.BinarySearchFunc(pool, i, byRank)
+	m.pools[i.Owner] = slices.Insert(pool, at, i)
 	m.ideas[i.ID] = i
-	m.listIdea(i)
 	m.sawID(i.ID)
 	return nil
 }
@@ -218,16 +220,27 @@ func (i *idea) complete() error {
 	return i.seal()
 }
 
-// replaceIdea applies an update.
+// replaceIdea applies an update. In the pool only what is between its old rank
+// and the new one moves.
 func (m *memory) replaceIdea(i *idea) error {
 	if err := i.complete(); err != nil {
 		return err
 	}
-	if err := m.removeIdea(i.Owner, i.ID); err != nil {
+	old, err := m.findIdea(i.Owner, i.ID)
+	if err != nil {
 		return err
 	}
+	pool := m.pools[i.Owner]
+	from, _ := slices.BinarySearchFunc(pool, old, byRank)
+	to, _ := slices.BinarySearchFunc(pool, i, byRank)
+	if to > from {
+		to--
+		copy(pool[from:to], pool[from+1:])
+	} else {
+		copy(pool[to+1:from+1], pool[to:from])
+	}
+	pool[to] = i
 	m.ideas[i.ID] = i
-	m.listIdea(i)
 	return nil
 }
 
@@ -242,12 +255,6 @@ func (m *memory) removeIdea(owner, id string) error {
 	at, _ := slices.BinarySearchFunc(pool, i, byRank)
 	m.pools[owner] = slices.Delete(pool, at, at+1)
 	return nil
-}
-
-func (m *memory) listIdea(i *idea) {
-	pool := m.pools[i.Owner]
-	at, _ := slices.BinarySearchFunc(pool, i, byRank)
-	m.pools[i.Owner] = slices.Insert(pool, at, i)
 }
 
 // findIdea does not reveal that an idea is somebody else's.
