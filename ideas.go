@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -166,17 +165,16 @@ func (in *input) score(name string) int {
 // is then served as often as it is asked for.
 func (i *idea) seal() (err error) {
 	i.Average = average(i.sum()) / 3
-	type sealed idea // with no MarshalJSON
-	answer := sealed(*i)
-	answer.Owner = ""
-	i.json, err = json.Marshal(answer)
+	sealed := *i
+	sealed.Owner = ""
+	i.json, err = json.Marshal(sealed)
 	return err
 }
 
-// MarshalJSON makes what the files have of a sealed idea: the same, and the
-// owner.
-func (i *idea) MarshalJSON() ([]byte, error) {
-	return fmt.Appendf(nil, `%s,"owner":%q}`, bytes.TrimSuffix(i.json, []byte("}")), i.Owner), nil
+// record is the idea in JSON with its owner, as json.Marshal would make it
+// again.
+func (i *idea) record() []byte {
+	return fmt.Appendf(nil, `%s,"owner":%q}`, i.json[:len(i.json)-1], i.Owner)
 }
 
 func (i *idea) sum() int { return i.Impact + i.Ease + i.Confidence }

@@ -479,19 +479,19 @@ func (image *snapshot) encode(w io.Writer) error {
 	id, err := json.Marshal(image.Store)
 	fmt.Fprintf(summed, `{"format":%d,"store":%s,"journal":%d,"last_id":%d`, image.Format, id, image.Journal, image.LastID)
 	err = errors.Join(err,
-		encodeList(summed, "users", image.Users),
-		encodeList(summed, "sessions", image.Sessions),
-		encodeList(summed, "ideas", image.Ideas))
+		encodeList(summed, "users", image.Users, json.Marshal),
+		encodeList(summed, "sessions", image.Sessions, json.Marshal),
+		encodeList(summed, "ideas", image.Ideas, func(i any) ([]byte, error) { return i.(*idea).record(), nil }))
 	fmt.Fprintf(w, "%s\"%08x\"}\n", sumMember, sum.Sum32())
 	return err
 }
 
 // encodeList writes a member of an object, a line for each of its elements.
-func encodeList[T any](w io.Writer, name string, list []T) error {
+func encodeList[T any](w io.Writer, name string, list []T, encode func(any) ([]byte, error)) error {
 	fmt.Fprintf(w, ",\n%q:[", name)
 	separator := "\n"
 	for _, element := range list {
-		text, err := json.Marshal(element)
+		text, err := encode(element)
 		if err != nil {
 			return err
 		}
