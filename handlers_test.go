@@ -242,9 +242,19 @@ func TestSessions(t *testing.T) {
 		< 200
 		{"jwt":"$jwt_5"}
 
-		# Some clients give it in the query. There may be nothing to end.
-		> DELETE /access-tokens?refresh_token=$refresh_2
+		# There may be nothing to end.
+		> DELETE /access-tokens
 		> X-Access-Token: $jwt_5
+		{"refresh_token":"unknown"}
+		< 204
+		> POST /access-tokens/refresh
+		{"refresh_token":"$refresh_2"}
+		< 200
+		{"jwt":"$jwt_6"}
+
+		# Some clients give it in the query.
+		> DELETE /access-tokens?refresh_token=$refresh_2
+		> X-Access-Token: $jwt_6
 		< 204
 		> POST /access-tokens/refresh
 		{"refresh_token":"$refresh_2"}
@@ -602,6 +612,7 @@ func TestCORS(t *testing.T) {
 	`)
 
 	one := newClient(t, newTestServer(t, rfcKey(), "-cors-origin", "https://ideas.example"))
+	one.origin = "https://ideas.example"
 	one.play(fmt.Sprintf(preflight, "/me") + `
 		< 204
 		< Access-Control-Allow-Origin: https://ideas.example
@@ -613,6 +624,7 @@ func TestCORS(t *testing.T) {
 	`)
 
 	off := newClient(t, newTestServer(t, rfcKey(), "-cors-origin", "none"))
+	off.origin = ""
 	off.play(fmt.Sprintf(preflight, "/me") + `
 		< 405
 		< Access-Control-Allow-Origin:
@@ -1623,7 +1635,7 @@ func FuzzRequest(f *testing.F) {
 		if err != nil || !regexp.MustCompile("^[A-Z]+$").MatchString(method) {
 			t.Skip()
 		}
-		c := &client{t: t, handler: s}
+		c := newLocalClient(t, s)
 		r := &http.Request{Method: method, URL: u, Body: io.NopCloser(strings.NewReader(body)), Header: http.Header{"Content-Type": {contentType}}}
 		if a := c.do(r); a.StatusCode >= 500 && a.StatusCode != 503 || a.StatusCode/100 == 3 {
 			t.Errorf("%s %s: %s", method, path, a.Status)
@@ -1776,6 +1788,7 @@ type client struct {
 	url     string
 	from    string // its address
 	header  http.Header
+	origin  string            // which every answer must let in
 	vars    map[string]string // what a transcript has named
 }
 
@@ -1789,7 +1802,7 @@ func newClient(t testing.TB, s *server) *client {
 
 // newLocalClient needs no network, for tests in which time is synctest's.
 func newLocalClient(t testing.TB, s *server) *client {
-	return &client{t: t, handler: s, header: make(http.Header), vars: make(map[string]string)}
+	return &client{t: t, handler: s, header: make(http.Header), origin: "*", vars: make(map[string]string)}
 }
 
 // play plays a transcript.
@@ -1940,14 +1953,14 @@ func (c *client) do(r *http.Request) answer {
 		c.t.Fatal(err)
 	}
 	a := answer{Response: resp, body: string(body)}
-	if fault := a.check(r.Method, c.url != ""); fault != "" {
+	if fault := a.check(r.Method, c.origin, c.url != ""); fault != "" {
 		c.t.Errorf("%s %s: %s, which lacks %s:\n%v\n%s", r.Method, r.URL, resp.Status, fault, resp.Header, body)
 	}
 	return a
 }
 
 // check tells what the answer lacks of what every answer has.
-func (a *answer) check(method string, network bool) (fault string) {
+func (a *answer) check(method, origin string, network bool) (fault string) {
 	h := a.Header
 	var problem struct {
 		Reason string
@@ -1966,6 +1979,7 @@ func (a *answer) check(method string, network bool) (fault string) {
 		{"X-Frame-Options", h.Get("X-Frame-Options") == "SAMEORIGIN"},
 		{"no-store", h.Get("Cache-Control") == "no-store"},
 		{"X-Request-Id", h.Get("X-Request-Id") != ""},
+		{"Access-Control-Allow-Origin", h.Get("Access-Control-Allow-Origin") == origin},
 		{"nothing in a 204", a.StatusCode != 204 || a.body == "" && h.Get("Content-Type") == ""},
 		{"the Content-Type", a.StatusCode == 204 || h.Get("Content-Type") == "application/json; charset=utf-8"},
 		{"the Content-Length", a.StatusCode == 204 || method == "HEAD" || !network || h.Get("Content-Length") == strconv.Itoa(len(a.body))},

@@ -35,8 +35,9 @@ import (
 // A change is (1) written to the journal, (2) fsynced, (3) applied to memory
 // and (4) answered. So memory is at every moment what was acknowledged: there
 // is nothing to undo, and recovery, which applies the same changes in the same
-// order, gives the same result. Everything unusual is one operation, renew: begin
-// the next journal, write a snapshot that names it, remove the older journals.
+// order, gives the same result. Everything unusual is one operation, renew:
+// begin the next journal, write a snapshot that names it, remove the older
+// journals.
 //
 // Locks are taken in the order renewing, diskMu, then queueMu or mu.
 type store struct {
@@ -219,10 +220,7 @@ func (s *store) commit(c change) error {
 	first := len(s.queue) == 1
 	s.queueMu.Unlock()
 	if first {
-		s.diskMu.Lock()
-		runtime.Gosched() // let others join
 		s.storeQueue()
-		s.diskMu.Unlock()
 	}
 	<-mine.done
 	return mine.err
@@ -230,6 +228,9 @@ func (s *store) commit(c change) error {
 
 // storeQueue makes the changes in the queue durable and then visible.
 func (s *store) storeQueue() {
+	s.diskMu.Lock()
+	defer s.diskMu.Unlock()
+	runtime.Gosched() // let others join
 	s.queueMu.Lock()
 	queue := s.queue
 	s.queue = nil
