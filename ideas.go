@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -90,14 +91,7 @@ func (s *server) listIdeas(w http.ResponseWriter, r *http.Request, u user) error
 
 // jsonList makes a list of what is JSON already.
 func jsonList(elements [][]byte) []byte {
-	list := append(make([]byte, 0, 2048), '[') // a page of short ideas
-	for n, element := range elements {
-		if n > 0 {
-			list = append(list, ',')
-		}
-		list = append(list, element...)
-	}
-	return append(list, ']')
+	return slices.Concat([]byte("["), bytes.Join(elements, []byte(",")), []byte("]"))
 }
 
 // links names the pages beside this one (RFC 8288).
@@ -158,7 +152,7 @@ const (
 )
 
 func (in *input) score(name string) int {
-	return in.integer(name, maxScore, fmt.Sprintf("must be an integer from 1 to %d", maxScore))
+	return in.integer(name, maxScore, "must be an integer from 1 to 10")
 }
 
 // seal makes all that follows from the rest: the average, and the JSON, which
@@ -183,7 +177,10 @@ func (i *idea) sum() int { return i.Impact + i.Ease + i.Confidence }
 // average, and of equals the oldest. So a new idea, which is listed on top of
 // its equals, comes in near the end, where there is little to move.
 func byRank(a, b *idea) int {
-	return cmp.Or(cmp.Compare(a.sum(), b.sum()), strings.Compare(a.ID, b.ID))
+	if c := cmp.Compare(a.sum(), b.sum()); c != 0 {
+		return c
+	}
+	return strings.Compare(a.ID, b.ID)
 }
 
 // addIdea applies a creation.

@@ -552,31 +552,44 @@ func readInput(r *http.Request) (*input, error) {
 	return parseObject(body)
 }
 
-// parseObject reads the members one by one: decoding into a struct or a map
-// would let the last of two with the same name win, and a struct would take
+// parseObject refuses what encoding/json would let pass: what is not UTF-8, and
+// a name that comes twice. It does not decode into a struct, which would take
 // names in any case.
 func parseObject(body []byte) (*input, error) {
 	if !utf8.Valid(body) || !json.Valid(body) {
 		return nil, errNotJSON
 	}
+	in := &input{}
 	dec := json.NewDecoder(bytes.NewReader(body))
 	dec.UseNumber()
-	if start, _ := dec.Token(); start != json.Delim('{') {
+	if err := dec.Decode(&in.members); err != nil || in.members == nil { // null
 		return nil, errNotJSON
 	}
-	in := &input{members: make(map[string]any)}
-	for dec.More() {
-		name, _ := dec.Token() // cannot fail: the JSON is valid
-		var value any
-		if err := dec.Decode(&value); err != nil {
-			return nil, errNotJSON
-		}
-		if in.has(name.(string)) {
-			return nil, errTwice
-		}
-		in.members[name.(string)] = value
+	if len(in.members) < countMembers(body) {
+		return nil, errTwice
 	}
 	return in, nil
+}
+
+// countMembers counts the members of a valid object, by their colons.
+func countMembers(object []byte) (count int) {
+	depth, inText := 0, false
+	for i := 0; i < len(object); i++ {
+		switch c := object[i]; {
+		case c == '\\':
+			i++ // past what it escapes
+		case c == '"':
+			inText = !inText
+		case inText:
+		case c == '{', c == '[':
+			depth++
+		case c == '}', c == ']':
+			depth--
+		case c == ':' && depth == 1:
+			count++
+		}
+	}
+	return count
 }
 
 // parseQuery reads a query or a form. Its members are strings.
