@@ -588,7 +588,7 @@ func (s *store) readSnapshot() error {
 		return err
 	}
 	var image snapshot
-	err = image.decode(data)
+	err = json.Unmarshal(data, &image)
 	switch {
 	case image.Format > 1:
 		return fmt.Errorf("has format %d, of a newer ideapool", image.Format)
@@ -596,8 +596,13 @@ func (s *store) readSnapshot() error {
 		return fmt.Errorf("is damaged: %w", err)
 	case image.Format != 1:
 		return errors.New("is not a file of ideapool")
-	case image.CRC32C != "" && image.CRC32C != sumOf(data):
-		return errors.New("is damaged: the checksum does not match")
+	case image.CRC32C == "":
+		err = checkNames(data)
+	case image.CRC32C != sumOf(data):
+		err = errors.New("is damaged: the checksum does not match")
+	}
+	if err != nil {
+		return err
 	}
 	s.base, s.id = image.Journal, cmp.Or(image.Store, s.id)
 	s.limit = max(minLimit, int64(len(data)))
@@ -609,63 +614,11 @@ func sumOf(data []byte) string {
 	return fmt.Sprintf("%08x", crc32.Checksum(summed, castagnoli()))
 }
 
-// decode reads what encode writes, and no more.
-func (image *snapshot) decode(data []byte) error {
+// checkNames refuses a snapshot, edited by hand, in which a name is mistyped.
+func checkNames(data []byte) error {
 	dec := json.NewDecoder(bytes.NewReader(data))
 	dec.DisallowUnknownFields()
-	members := map[json.Token]any{
-		"format": &image.Format, "store": &image.Store, "journal": &image.Journal, "last_id": &image.LastID,
-		"users": &image.Users, "sessions": &image.Sessions, "crc32c": &image.CRC32C,
-	}
-	start, err := dec.Token()
-	for err == nil && dec.More() {
-		var name json.Token
-		if name, err = dec.Token(); err != nil {
-			break
-		}
-		if member, ok := members[name]; ok {
-			err = dec.Decode(member)
-		} else if name == "ideas" {
-			image.Ideas, err = decodeIdeas(dec)
-		} else {
-			err = fmt.Errorf("it has an unknown member %q", name)
-		}
-	}
-	if err != nil {
-		return err
-	}
-	end, _ := dec.Token()
-	if _, err := dec.Token(); start != json.Delim('{') || end != json.Delim('}') || err != io.EOF {
-		return errors.New("it is not one whole object")
-	}
-	return nil
-}
-
-// decodeIdeas reads them one by one, as a list of a million would take its
-// length again in memory. The other cores complete them meanwhile.
-func decodeIdeas(dec *json.Decoder) (ideas []*idea, err error) {
-	var completing sync.WaitGroup
-	defer completing.Wait()
-	complete := func(batch []*idea) {
-		for _, i := range batch {
-			i.complete() // what fails here fails again in load
-		}
-	}
-	const batchSize = 1000
-	_, err = dec.Token()
-	for err == nil && dec.More() {
-		i := new(idea)
-		err = dec.Decode(i)
-		ideas = append(ideas, i)
-		if len(ideas)%batchSize == 0 {
-			batch := ideas[len(ideas)-batchSize:]
-			completing.Go(func() { complete(batch) })
-		}
-	}
-	if err == nil {
-		_, err = dec.Token()
-	}
-	return ideas, err
+	return dec.Decode(new(snapshot))
 }
 
 // load takes over a snapshot. Anything impossible in it is damage.
@@ -682,12 +635,27 @@ func (m *memory) load(image *snapshot) error {
 	}
 	m.lastID = max(m.lastID, image.LastID)
 	m.ideas = make(map[string]*idea, len(image.Ideas))
+	completeAll(image.Ideas)
 	for _, i := range image.Ideas {
 		if err := m.addIdea(i); err != nil {
 			return fmt.Errorf("idea %q: %w", i.ID, err)
 		}
 	}
 	return nil
+}
+
+// completeAll does on all cores what addIdea does for those that it finds
+// incomplete.
+func completeAll(ideas []*idea) {
+	var batches sync.WaitGroup
+	for batch := range slices.Chunk(ideas, 1000) {
+		batches.Go(func() {
+			for _, i := range batch {
+				i.complete() // addIdea meets any error again
+			}
+		})
+	}
+	batches.Wait()
 }
 
 // replay applies a journal. It returns whether the last line is torn: where no

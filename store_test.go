@@ -471,10 +471,10 @@ func TestDamageIsRefused(t *testing.T) {
 		snapshot("blank", "\n", "is damaged"),
 		snapshot("{}", "{}", "is not a file of ideapool"),
 		snapshot("[]", "[]", "is damaged"),
-		snapshot("null", "null", "is damaged: it is not one whole object"),
-		snapshot("foreign", `{"foo":1}`, "is damaged"),
+		snapshot("null", "null", "is not a file of ideapool"),
+		snapshot("foreign", `{"foo":1}`, "is not a file of ideapool"),
 		snapshot("a newer format", `{"format":2,"new":{}}`, "has format 2"),
-		snapshot("something behind it", file+"{}", "is damaged: it is not one whole object"),
+		snapshot("something behind it", file+"{}", "is damaged: invalid character"),
 		snapshot("an edit with the old crc32c", strings.Replace(file, "tea", "pea", 1), "is damaged: the checksum"),
 		snapshot("a wrong crc32c", strings.Replace(file, `"crc32c":"`, `"crc32c":"0`, 1), "is damaged: the checksum"),
 
