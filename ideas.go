@@ -261,17 +261,3 @@ func (m *memory) findIdea(owner, id string) (*idea, error) {
 	}
 	return nil, errNoIdea
 }
-
-// page returns the ideas of one page, in JSON, and the number of all.
-func (m *memory) page(owner string, page int) (ideas [][]byte, total int) {
-	pool := m.pools[owner]
-	if page > (len(pool)+pageSize-1)/pageSize {
-		return nil, len(pool)
-	}
-	ideas = make([][]byte, 0, pageSize)
-	end := len(pool) - (page-1)*pageSize
-	for _, i := range slices.Backward(pool[max(0, end-pageSize):end]) {
-		ideas = append(ideas, i.json)
-	}
-	return ideas, len(pool)
-}

@@ -128,7 +128,16 @@ func (s *store) idea(owner, id string) (*idea, error) {
 func (s *store) pageOfIdeas(owner string, page int) (ideas [][]byte, total int) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.page(owner, page)
+	pool := s.pools[owner]
+	if page > (len(pool)+pageSize-1)/pageSize {
+		return nil, len(pool)
+	}
+	ideas = make([][]byte, 0, pageSize)
+	end := len(pool) - (page-1)*pageSize
+	for _, i := range slices.Backward(pool[max(0, end-pageSize):end]) {
+		ideas = append(ideas, i.json)
+	}
+	return ideas, len(pool)
 }
 
 // signUp returns errEmailTaken to all but one of those who come with the same
