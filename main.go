@@ -84,11 +84,10 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 
 	log := newLogger(stderr, o.quiet)
 	key, err := readKey(o.key)
-	isNew := errors.Is(err, fs.ErrNotExist)
-	if err != nil && !isNew {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("-key %s: %w", o.key, err)
 	}
-	if !isNew && !isPrivate(o.key) {
+	if key != nil && !isPrivate(o.key) {
 		log.Warn("others can read the key, and so make tokens", "file", o.key)
 	}
 	store, err := openStore(o.data, log)
@@ -101,7 +100,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		}
 	}()
 
-	if isNew {
+	if key == nil {
 		if key, err = makeKey(o.key); err != nil {
 			return fmt.Errorf("-key %s: %w", o.key, err)
 		}
