@@ -13,7 +13,6 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -168,34 +167,30 @@ func (s *server) caller(r *http.Request) (user, error) {
 }
 
 // accessToken returns the token in X-Access-Token, or else in Authorization
-// (RFC 6750 §2.1). A header that comes twice holds none.
+// (RFC 6750 §2.1), there after the word Bearer, in any case (RFC 9110 §11.1).
+// A header that comes twice holds none.
 func accessToken(h http.Header) string {
-	tokens, credentials := h["X-Access-Token"], h["Authorization"]
+	values, optional := h["X-Access-Token"], true
+	if values == nil {
+		values, optional = h["Authorization"], false
+	}
+	if len(values) != 1 {
+		return ""
+	}
+	scheme, token, _ := strings.Cut(values[0], " ")
 	switch {
-	case len(tokens) == 1:
-		token, _ := cutBearer(tokens[0])
-		return token
-	case len(tokens) == 0 && len(credentials) == 1:
-		if token, ok := cutBearer(credentials[0]); ok {
-			return token
-		}
+	case strings.EqualFold(scheme, "Bearer"):
+		return strings.TrimLeft(token, " ")
+	case optional:
+		return values[0]
 	}
 	return ""
-}
-
-// cutBearer cuts off the scheme, which is in any case (RFC 9110 §11.1).
-func cutBearer(s string) (token string, ok bool) {
-	scheme, token, _ := strings.Cut(s, " ")
-	if !strings.EqualFold(scheme, "Bearer") {
-		return s, false
-	}
-	return strings.TrimLeft(token, " "), true
 }
 
 // jwks answers GET /.well-known/jwks.json (RFC 7517 §5): with it others can
 // verify tokens, and not make them, which is what RS256 is for.
 func (s *server) jwks(w http.ResponseWriter, _ *http.Request) error {
-	return writeJSON(w, http.StatusOK, map[string]any{"keys": []jwk{s.tokens.publicKey()}})
+	return writeJSON(w, http.StatusOK, map[string]any{"keys": []any{s.tokens.jwk()}})
 }
 
 // The cost of a hash is what OWASP's Password Storage Cheat Sheet asks for:
@@ -204,47 +199,47 @@ const (
 	argonMemory  = 19_456 // KiB
 	argonTime    = 2
 	argonThreads = 1
-	hashBytes    = 32
-	argonFormat  = "$argon2id$v=%d$m=%d,t=%d,p=%d$"
 )
 
 // noPassword costs as much as any hash, and is that of no password.
 const noPassword = "$argon2id$v=19$m=19456,t=2,p=1$AAAAAAAAAAAAAAAAAAAAAA$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
 
-// hashPassword makes what is kept of a password, in the PHC string format
-// (https://github.com/P-H-C/phc-string-format).
+// hashPassword makes what is kept of a password.
 func (s *server) hashPassword(ctx context.Context, password string) (hash string, err error) {
 	err = s.hashing.do(ctx, func() error {
 		salt := make([]byte, 16)
 		rand.Read(salt) // never fails
-		sum := argon2.IDKey([]byte(password), salt, argonTime, argonMemory, argonThreads, hashBytes)
-		encode := base64.RawStdEncoding.EncodeToString
-		hash = fmt.Sprintf(argonFormat, argon2.Version, argonMemory, argonTime, argonThreads) +
-			encode(salt) + "$" + encode(sum)
+		hash = argonHash(password, salt, argonMemory, argonTime, argonThreads)
 		return nil
 	})
 	return hash, err
 }
 
-// isPassword reports whether hash was made of password.
+// argonHash is in the PHC string format (https://github.com/P-H-C/phc-string-format).
+func argonHash(password string, salt []byte, memory, time uint32, threads uint8) string {
+	sum := argon2.IDKey([]byte(password), salt, time, memory, threads, 32)
+	encode := base64.RawStdEncoding.EncodeToString
+	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s",
+		argon2.Version, memory, time, threads, encode(salt), encode(sum))
+}
+
+// isPassword makes the hash again, with the salt and the cost of the old one.
 func isPassword(password, hash string) bool {
 	var (
-		version      int
 		memory, time uint32
 		threads      uint8
-		rest         string
 	)
-	if _, err := fmt.Sscanf(hash, argonFormat+"%s", &version, &memory, &time, &threads, &rest); err != nil {
+	parts := strings.Split(hash, "$") // "", argon2id, v=19, the cost, salt, sum
+	if len(parts) != 6 {
 		return false
 	}
-	encodedSalt, encodedSum, _ := strings.Cut(rest, "$")
-	salt, err1 := base64.RawStdEncoding.DecodeString(encodedSalt)
-	want, err2 := base64.RawStdEncoding.DecodeString(encodedSum)
-	if err1 != nil || err2 != nil || version != argon2.Version || time < 1 || threads < 1 || len(want) != hashBytes {
+	_, err1 := fmt.Sscanf(parts[3], "m=%d,t=%d,p=%d", &memory, &time, &threads)
+	salt, err2 := base64.RawStdEncoding.DecodeString(parts[4])
+	if err1 != nil || err2 != nil || time < 1 || threads < 1 {
 		return false
 	}
-	got := argon2.IDKey([]byte(password), salt, time, memory, threads, hashBytes)
-	return subtle.ConstantTimeCompare(got, want) == 1
+	again := argonHash(password, salt, memory, time, threads)
+	return subtle.ConstantTimeCompare([]byte(again), []byte(hash)) == 1
 }
 
 // A gate lets few hashes be computed at a time, and few people wait for it.
@@ -309,15 +304,11 @@ func guesserOf(r *http.Request, email string) guesser {
 	return guesser{strings.ToLower(email), client}
 }
 
-// A throttledError is the time that a guesser has yet to wait.
-type throttledError time.Duration
+// A throttledError is the number of seconds that a guesser has yet to wait.
+type throttledError int
 
 func (e throttledError) Error() string {
-	return "too many failed log-ins; try again in " + e.seconds() + " seconds"
-}
-
-func (e throttledError) seconds() string {
-	return strconv.Itoa(int(math.Ceil(time.Duration(e).Seconds())))
+	return fmt.Sprintf("too many failed log-ins; try again in %d seconds", int(e))
 }
 
 // check returns a throttledError if the guesser must wait.
@@ -353,20 +344,17 @@ func (g *guesses) take(who guesser) error {
 
 func (f failures) check() error {
 	if wait := time.Until(f.until); wait > 0 {
-		return throttledError(wait)
+		return throttledError(math.Ceil(wait.Seconds()))
 	}
 	return nil
 }
 
 // waitAfter is 30 seconds after ten failures, and doubles up to 15 minutes.
 func waitAfter(failures int) time.Duration {
-	switch n := failures - 10; {
-	case n < 0:
+	if failures < 10 {
 		return 0
-	case n < 5:
-		return 30 * time.Second << n
 	}
-	return 15 * time.Minute
+	return min(30*time.Second<<min(failures-10, 5), 15*time.Minute)
 }
 
 func (g *guesses) succeeded(who guesser) {

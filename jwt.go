@@ -178,20 +178,15 @@ func (t *tokens) revoke(token string) {
 	})
 }
 
-// A jwk is a public key as others read it, to verify tokens on their own
+// jwk is the public key as others read it, to verify tokens on their own
 // (RFC 7517 §4, RFC 7518 §6.3.1).
-type jwk struct {
-	Type      string `json:"kty"`
-	Use       string `json:"use"`
-	Algorithm string `json:"alg"`
-	Modulus   string `json:"n"`
-	Exponent  string `json:"e"`
-}
-
-func (t *tokens) publicKey() jwk {
+func (t *tokens) jwk() map[string]string {
 	encode := base64.RawURLEncoding.EncodeToString
 	exponent := big.NewInt(int64(t.key.E))
-	return jwk{"RSA", "sig", "RS256", encode(t.key.N.Bytes()), encode(exponent.Bytes())}
+	return map[string]string{
+		"kty": "RSA", "use": "sig", "alg": "RS256",
+		"n": encode(t.key.N.Bytes()), "e": encode(exponent.Bytes()),
+	}
 }
 
 const minKeyBits = 2048

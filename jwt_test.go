@@ -476,7 +476,7 @@ func TestTokensConcurrently(t *testing.T) {
 
 // TestPublicKey is what another service does with the key that we publish.
 func TestPublicKey(t *testing.T) {
-	text := must(json.Marshal(newTokens(rfcKey(), time.Hour).publicKey()))
+	text := must(json.Marshal(newTokens(rfcKey(), time.Hour).jwk()))
 	var got, rfc map[string]string
 	if err := errors.Join(json.Unmarshal(text, &got), json.Unmarshal([]byte(strip(rfcJWK)), &rfc)); err != nil {
 		t.Fatal(err)

@@ -434,7 +434,7 @@ func (w *response) fail(err error) {
 		reason = "something went wrong on our side"
 	}
 	if e, ok := errors.AsType[throttledError](err); ok {
-		w.Header().Set("Retry-After", e.seconds())
+		w.Header().Set("Retry-After", strconv.Itoa(int(e)))
 	}
 	fields, _ := errors.AsType[fieldErrors](err)
 	writeJSON(w, status, struct {

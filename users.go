@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net/http"
 	"net/mail"
+	"regexp"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -66,25 +67,18 @@ func avatarURL(lowerEmail string) string {
 // §4.5.3.1.3, less its angle brackets).
 const maxEmail = 254
 
+// emailShape is what is allowed beside net/mail's rules: ASCII without blanks,
+// and a domain of letters, digits, hyphens and dots.
+var emailShape = regexp.MustCompile(`^[!-~]+@[A-Za-z0-9.-]+$`)
+
 // email reads a bare address, such as jack-black@codementor.io.
 func (in *input) email(name string) string {
 	email := in.text(name, maxEmail)
 	address, err := mail.ParseAddress(email)
-	_, domain, _ := strings.Cut(email, "@")
-	if err != nil || address.Address != email || !isHost(domain) || !isASCII(email) {
+	if err != nil || address.Address != email || !emailShape.MatchString(email) {
 		in.fail(name, "must be an e-mail address")
 	}
 	return email
-}
-
-func isASCII(s string) bool {
-	return !strings.ContainsFunc(s, func(r rune) bool { return r > unicode.MaxASCII })
-}
-
-func isHost(s string) bool {
-	return !strings.ContainsFunc(s, func(r rune) bool {
-		return r != '-' && r != '.' && !unicode.IsLetter(r) && !unicode.IsDigit(r)
-	})
 }
 
 const maxPassword = 1024 // bytes
