@@ -60,6 +60,7 @@ type store struct {
 	renewing sync.Mutex  // held by the one renew there may be
 	failing  atomic.Bool // the last change could not be stored
 
+	torn bool   // a last line was dropped at the start
 	path string // of FILE; "" keeps everything in memory only
 	id   string // in every checksum: keeps the files of another store out
 	lock *os.File
@@ -435,10 +436,7 @@ func (s *store) image() *snapshot {
 			image.Sessions = append(image.Sessions, s.sessions[key])
 		}
 	}
-	image.Ideas = make([]*idea, 0, len(s.ideas))
-	for _, pool := range s.pools {
-		image.Ideas = append(image.Ideas, pool...)
-	}
+	image.Ideas = slices.Concat(slices.Collect(maps.Values(s.pools))...)
 	return image
 }
 
@@ -568,7 +566,7 @@ func (s *store) recover() error {
 	if err != nil {
 		return err
 	}
-	next, torn := s.base, false
+	next := s.base
 	for _, number := range numbers {
 		switch {
 		case number < s.base:
@@ -576,7 +574,7 @@ func (s *store) recover() error {
 		case s.base > 0 && number > next:
 			return fmt.Errorf("%s is missing", s.journalPath(next))
 		}
-		if torn, err = s.replay(number, torn); err != nil {
+		if err := s.replay(number); err != nil {
 			return err
 		}
 		s.number, next = number, number+1
@@ -598,6 +596,9 @@ func (s *store) readSnapshot() error {
 	}
 	var image snapshot
 	err = json.Unmarshal(data, &image)
+	if err == nil && image.CRC32C == "" {
+		err = checkNames(data)
+	}
 	switch {
 	case image.Format > 1:
 		return fmt.Errorf("has format %d, of a newer ideapool", image.Format)
@@ -605,13 +606,8 @@ func (s *store) readSnapshot() error {
 		return fmt.Errorf("is damaged: %w", err)
 	case image.Format != 1:
 		return errors.New("is not a file of ideapool")
-	case image.CRC32C == "":
-		err = checkNames(data)
-	case image.CRC32C != sumOf(data):
-		err = errors.New("is damaged: the checksum does not match")
-	}
-	if err != nil {
-		return err
+	case image.CRC32C != "" && image.CRC32C != sumOf(data):
+		return errors.New("is damaged: the checksum does not match")
 	}
 	s.base, s.id = image.Journal, cmp.Or(image.Store, s.id)
 	s.limit = max(minLimit, int64(len(data)))
@@ -644,6 +640,9 @@ func (m *memory) load(image *snapshot) error {
 	}
 	m.lastID = max(m.lastID, image.LastID)
 	m.ideas = make(map[string]*idea, len(image.Ideas))
+	if slices.Contains(image.Ideas, nil) {
+		return fmt.Errorf("an idea %w", errContradiction)
+	}
 	completeAll(image.Ideas)
 	for _, i := range image.Ideas {
 		if err := m.addIdea(i); err != nil {
@@ -667,33 +666,33 @@ func completeAll(ideas []*idea) {
 	batches.Wait()
 }
 
-// replay applies a journal. It returns whether the last line is torn: where no
-// later change follows, that was never acknowledged.
-func (s *store) replay(number uint64, torn bool) (bool, error) {
+// replay applies a journal. Its last line may be torn: where no later change
+// follows, that was never acknowledged.
+func (s *store) replay(number uint64) error {
 	path := s.journalPath(number)
 	data, err := os.ReadFile(path)
 	switch {
 	case err != nil || len(data) == 0:
-		return torn, err
+		return err
 	case s.base == 0:
-		return false, fmt.Errorf("%s holds changes, but %s does not name it", path, s.path)
-	case torn:
-		return false, fmt.Errorf("%s goes on where the journal before it is torn", path)
+		return fmt.Errorf("%s holds changes, but %s does not name it", path, s.path)
+	case s.torn:
+		return fmt.Errorf("%s goes on where the journal before it is torn", path)
 	}
 	s.size += int64(len(data))
 	sum := s.firstSum(number)
 	for line := 1; len(data) > 0; line++ {
 		text, rest, whole := bytes.Cut(data, []byte("\n"))
-		if len(rest) == 0 && (!whole || hasLostBlock(text)) {
+		if s.torn = len(rest) == 0 && (!whole || hasLostBlock(text)); s.torn {
 			s.log.Warn("dropped a last line that was never acknowledged", "file", path, "line", line, "bytes", len(data))
-			return true, nil
+			return nil
 		}
 		if sum, err = s.replayLine(text, sum); err != nil {
-			return false, fmt.Errorf("%s:%d: %w", path, line, err)
+			return fmt.Errorf("%s:%d: %w", path, line, err)
 		}
 		data = rest
 	}
-	return false, nil
+	return nil
 }
 
 // hasLostBlock reports whether a part of the line never reached the disk: a
@@ -781,46 +780,37 @@ func (d disk) create(path string) (f *os.File, err error) {
 // replace gives a file new content; a crash leaves the old or the new.
 func (d disk) replace(path string, content func(io.Writer) error) error {
 	temp := path + ".tmp"
-	err := d.write(temp, content)
+	defer os.Remove(temp) // where it was not renamed
+	f, err := d.create(temp)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	err = d.do("write", temp, func() error {
+		buffer := bufio.NewWriterSize(f, 1<<16)
+		return errors.Join(content(buffer), buffer.Flush())
+	})
+	if err == nil {
+		err = d.do("sync", temp, func() error { return errors.Join(f.Sync(), f.Close()) })
+	}
 	if err == nil {
 		err = d.do("rename", path, func() error { return os.Rename(temp, path) })
 	}
 	if err != nil {
-		os.Remove(temp)
 		return err
 	}
 	return d.syncFolder(path)
 }
 
-// write makes a file that is on disk when it returns.
-func (d disk) write(path string, content func(io.Writer) error) error {
-	f, err := d.create(path)
+// syncFolder makes durable that a file has come or gone by a name.
+func (d disk) syncFolder(path string) error {
+	if runtime.GOOS == "windows" {
+		return nil // a folder cannot be synced there
+	}
+	f, err := os.Open(filepath.Dir(path))
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	err = d.do("write", path, func() error {
-		buffer := bufio.NewWriterSize(f, 1<<16)
-		return errors.Join(content(buffer), buffer.Flush())
-	})
-	if err != nil {
-		return err
-	}
-	return d.do("sync", path, f.Sync)
-}
-
-// syncFolder makes durable that a file has come or gone by a name.
-func (d disk) syncFolder(path string) error {
-	folder := filepath.Dir(path)
-	return d.do("sync", folder, func() error {
-		if runtime.GOOS == "windows" {
-			return nil // a folder cannot be synced there
-		}
-		f, err := os.Open(folder)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		return f.Sync()
-	})
+	return d.do("sync", f.Name(), f.Sync)
 }
