@@ -39,10 +39,7 @@ var (
 // is a 400, as for any token endpoint (RFC 6749 §5.2); clients answer a 401
 // with a refresh, for ever.
 func (s *server) refresh(w http.ResponseWriter, r *http.Request) error {
-	in, err := readInput(r)
-	if err != nil {
-		return err
-	}
+	in := readInput(r)
 	token := in.secret("refresh_token", maxBody)
 	if err := in.err(); err != nil {
 		return err
@@ -56,10 +53,7 @@ func (s *server) refresh(w http.ResponseWriter, r *http.Request) error {
 
 // logIn answers POST /access-tokens.
 func (s *server) logIn(w http.ResponseWriter, r *http.Request) error {
-	in, err := readInput(r)
-	if err != nil {
-		return err
-	}
+	in := readInput(r)
 	email := in.text("email", maxEmail)
 	password := in.secret("password", maxPassword)
 	if err := in.err(); err != nil {
@@ -105,12 +99,9 @@ func (s *server) authenticate(r *http.Request, email, password string) (user, er
 // logOut answers DELETE /access-tokens. It ends the refresh token that is
 // given, in the query or the body, and the access token that it came with.
 func (s *server) logOut(w http.ResponseWriter, r *http.Request, u user) error {
-	in, err := parseQuery(r.URL.RawQuery)
-	if err == nil && !in.has("refresh_token") {
-		in, err = readInput(r)
-	}
-	if err != nil {
-		return err
+	in := readQuery(r)
+	if in.broken == nil && !in.has("refresh_token") {
+		in = readInput(r)
 	}
 	token := in.secret("refresh_token", maxBody)
 	if err := in.err(); err != nil {

@@ -72,10 +72,7 @@ func (s *server) deleteIdea(w http.ResponseWriter, r *http.Request, u user) erro
 
 // listIdeas answers GET /ideas with one page.
 func (s *server) listIdeas(w http.ResponseWriter, r *http.Request, u user) error {
-	in, err := parseQuery(r.URL.RawQuery)
-	if err != nil {
-		return err
-	}
+	in := readQuery(r)
 	page := 1
 	if in.has("page") {
 		page = in.integer("page", math.MaxInt, "must be an integer above 0")
@@ -133,10 +130,7 @@ func (s *server) updateIdea(w http.ResponseWriter, r *http.Request, u user) erro
 
 // readIdea reads what a client may say of an idea.
 func readIdea(r *http.Request) (*idea, error) {
-	in, err := readInput(r)
-	if err != nil {
-		return nil, err
-	}
+	in := readInput(r)
 	i := &idea{
 		Content:    in.text("content", maxContent),
 		Impact:     in.score("impact"),

@@ -519,15 +519,24 @@ func writeBody(w http.ResponseWriter, status int, body []byte) {
 const maxBody = 64 << 10
 
 // An input is what a client sent: the members of a JSON object, a form or a
-// query. Each is read by the rule of its field; err then tells all that
-// failed.
+// query. Each is read by the rule of its field. What is wrong, err tells once
+// all are read.
 type input struct {
 	members map[string]any // a string, a json.Number, or what no field may be
+	broken  error          // why there are no members
 	failed  fieldErrors
 }
 
-// readInput reads the body. That of a DELETE may be missing.
-func readInput(r *http.Request) (*input, error) {
+func readInput(r *http.Request) *input { return newInput(readBody(r)) }
+
+func readQuery(r *http.Request) *input { return newInput(parseQuery(r.URL.RawQuery)) }
+
+func newInput(members map[string]any, err error) *input {
+	return &input{members: members, broken: err, failed: make(fieldErrors)}
+}
+
+// readBody reads a JSON object or a form. The body of a DELETE may be missing.
+func readBody(r *http.Request) (map[string]any, error) {
 	body, err := io.ReadAll(r.Body)
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return nil, errTooLarge
@@ -546,7 +555,7 @@ func readInput(r *http.Request) (*input, error) {
 		return nil, errMediaType
 	}
 	if len(body) == 0 && r.Method == http.MethodDelete {
-		return &input{}, nil
+		return nil, nil
 	}
 	return parseObject(body)
 }
@@ -554,20 +563,19 @@ func readInput(r *http.Request) (*input, error) {
 // parseObject refuses what encoding/json would let pass: what is not UTF-8, and
 // a name that comes twice. It does not decode into a struct, which would take
 // names in any case.
-func parseObject(body []byte) (*input, error) {
+func parseObject(body []byte) (members map[string]any, _ error) {
 	if !utf8.Valid(body) || !json.Valid(body) {
 		return nil, errNotJSON
 	}
-	in := &input{}
 	dec := json.NewDecoder(bytes.NewReader(body))
 	dec.UseNumber()
-	if err := dec.Decode(&in.members); err != nil || in.members == nil { // null
+	if err := dec.Decode(&members); err != nil || members == nil { // null
 		return nil, errNotJSON
 	}
-	if len(in.members) < countMembers(body) {
+	if len(members) < countMembers(body) {
 		return nil, errTwice
 	}
-	return in, nil
+	return members, nil
 }
 
 // countMembers counts the members of a valid object, by their colons.
@@ -592,19 +600,19 @@ func countMembers(object []byte) (count int) {
 }
 
 // parseQuery reads a query or a form. Its members are strings.
-func parseQuery(query string) (*input, error) {
+func parseQuery(query string) (map[string]any, error) {
 	values, err := url.ParseQuery(query)
 	if err != nil {
 		return nil, errNotForm
 	}
-	in := &input{members: make(map[string]any)}
+	members := make(map[string]any)
 	for name, all := range values {
 		if len(all) > 1 {
 			return nil, errTwice
 		}
-		in.members[name] = all[0]
+		members[name] = all[0]
 	}
-	return in, nil
+	return members, nil
 }
 
 func (in *input) has(name string) bool {
@@ -656,14 +664,7 @@ func (in *input) integer(name string, limit uint64, rule string) int {
 	if !in.has(name) {
 		in.fail(name, "must be given")
 	}
-	var digits string
-	switch v := in.members[name].(type) {
-	case string:
-		digits = v
-	case json.Number:
-		digits = v.String()
-	}
-	n, err := strconv.ParseUint(digits, 10, 64)
+	n, err := strconv.ParseUint(fmt.Sprint(in.members[name]), 10, 64)
 	if err != nil || n < 1 || n > limit {
 		in.fail(name, rule)
 	}
@@ -672,17 +673,14 @@ func (in *input) integer(name string, limit uint64, rule string) int {
 
 // fail notes what a field must be. The first rule that it breaks counts.
 func (in *input) fail(name, rule string) {
-	if in.failed == nil {
-		in.failed = make(fieldErrors)
-	}
 	if in.failed[name] == "" {
 		in.failed[name] = rule
 	}
 }
 
 func (in *input) err() error {
-	if in.failed == nil {
-		return nil
+	if in.broken != nil || len(in.failed) == 0 {
+		return in.broken
 	}
 	return in.failed
 }

@@ -27,10 +27,7 @@ var errEmailTaken = errors.New("there is a user with this e-mail already")
 
 // signUp answers POST /users.
 func (s *server) signUp(w http.ResponseWriter, r *http.Request) error {
-	in, err := readInput(r)
-	if err != nil {
-		return err
-	}
+	in := readInput(r)
 	u := user{Email: in.email("email"), Name: in.text("name", 255)}
 	password := in.newPassword("password")
 	if err := in.err(); err != nil {
@@ -39,10 +36,11 @@ func (s *server) signUp(w http.ResponseWriter, r *http.Request) error {
 	if _, taken := s.store.userByEmail(u.Email); taken {
 		return errEmailTaken // before the work of a hash
 	}
-	if u.Password, err = s.hashPassword(r.Context(), password); err != nil {
+	hash, err := s.hashPassword(r.Context(), password)
+	if err != nil {
 		return err
 	}
-	u.ID = s.store.newID()
+	u.ID, u.Password = s.store.newID(), hash
 	refreshToken, session := s.newSession(u)
 	if err := s.store.signUp(u, session); err != nil {
 		return err
