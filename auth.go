@@ -188,7 +188,7 @@ func (s *server) jwks(w http.ResponseWriter, _ *http.Request) error {
 // 19 MiB, and 26 ms. It stands in each hash, so that it can be raised here.
 const (
 	argonMemory  = 19_456 // KiB
-	argonTime    = 2
+	argonPasses  = 2
 	argonThreads = 1
 )
 
@@ -200,36 +200,36 @@ func (s *server) hashPassword(ctx context.Context, password string) (hash string
 	err = s.hashing.do(ctx, func() error {
 		salt := make([]byte, 16)
 		rand.Read(salt) // never fails
-		hash = argonHash(password, salt, argonMemory, argonTime, argonThreads)
+		hash = argonHash(password, salt, argonMemory, argonPasses, argonThreads)
 		return nil
 	})
 	return hash, err
 }
 
 // argonHash is in the PHC string format (https://github.com/P-H-C/phc-string-format).
-func argonHash(password string, salt []byte, memory, time uint32, threads uint8) string {
-	sum := argon2.IDKey([]byte(password), salt, time, memory, threads, 32)
+func argonHash(password string, salt []byte, memory, passes uint32, threads uint8) string {
+	sum := argon2.IDKey([]byte(password), salt, passes, memory, threads, 32)
 	encode := base64.RawStdEncoding.EncodeToString
 	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s",
-		argon2.Version, memory, time, threads, encode(salt), encode(sum))
+		argon2.Version, memory, passes, threads, encode(salt), encode(sum))
 }
 
 // isPassword makes the hash again, with the salt and the cost of the old one.
 func isPassword(password, hash string) bool {
 	var (
-		memory, time uint32
-		threads      uint8
+		memory, passes uint32
+		threads        uint8
 	)
 	parts := strings.Split(hash, "$") // "", argon2id, v=19, the cost, salt, sum
 	if len(parts) != 6 {
 		return false
 	}
-	_, err1 := fmt.Sscanf(parts[3], "m=%d,t=%d,p=%d", &memory, &time, &threads)
+	_, err1 := fmt.Sscanf(parts[3], "m=%d,t=%d,p=%d", &memory, &passes, &threads)
 	salt, err2 := base64.RawStdEncoding.DecodeString(parts[4])
-	if err1 != nil || err2 != nil || time < 1 || threads < 1 {
+	if err1 != nil || err2 != nil || passes < 1 || threads < 1 {
 		return false
 	}
-	again := argonHash(password, salt, memory, time, threads)
+	again := argonHash(password, salt, memory, passes, threads)
 	return subtle.ConstantTimeCompare([]byte(again), []byte(hash)) == 1
 }
 

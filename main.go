@@ -238,6 +238,33 @@ type server struct {
 	requests atomic.Uint64
 }
 
+func newServer(o options, key *rsa.PrivateKey, store *store, log *slog.Logger) *server {
+	s := &server{
+		store:      store,
+		tokens:     newTokens(key, o.accessTTL),
+		refreshTTL: o.refreshTTL,
+		hashing:    newGate(max(1, runtime.GOMAXPROCS(0)-1), 100), // one core, if there are more, is for all else
+		guesses:    guesses{made: make(map[guesser]failures)},
+		log:        log,
+		headers: http.Header{
+			"X-Content-Type-Options": {"nosniff"},
+			"X-Frame-Options":        {"SAMEORIGIN"},
+			"Cache-Control":          {"no-store"}, // nearly all is private, or a credential
+		},
+		cors:     o.corsOrigin != "none",
+		idPrefix: rand.Text()[:8] + "-",
+	}
+	if s.cors {
+		s.headers.Set("Access-Control-Allow-Origin", o.corsOrigin)
+		s.headers.Set("Access-Control-Expose-Headers", "Link, Retry-After, X-Request-Id")
+	}
+	if s.cors && o.corsOrigin != "*" {
+		s.headers.Set("Vary", "Origin")
+	}
+	s.routes()
+	return s
+}
+
 // routes is the API, in the order of its document.
 func (s *server) routes() {
 	s.public("POST /access-tokens/refresh", s.refresh)
@@ -278,34 +305,9 @@ func (s *server) private(pattern string, h func(http.ResponseWriter, *http.Reque
 	})
 }
 
-func newServer(o options, key *rsa.PrivateKey, store *store, log *slog.Logger) *server {
-	s := &server{
-		store:      store,
-		tokens:     newTokens(key, o.accessTTL),
-		refreshTTL: o.refreshTTL,
-		hashing:    newGate(max(1, runtime.GOMAXPROCS(0)-1), 100), // one core, if there are more, is for all else
-		guesses:    guesses{made: make(map[guesser]failures)},
-		log:        log,
-		headers: http.Header{
-			"X-Content-Type-Options": {"nosniff"},
-			"X-Frame-Options":        {"SAMEORIGIN"},
-			"Cache-Control":          {"no-store"}, // nearly all is private, or a credential
-		},
-		cors:     o.corsOrigin != "none",
-		idPrefix: rand.Text()[:8] + "-",
-	}
-	if s.cors {
-		s.headers.Set("Access-Control-Allow-Origin", o.corsOrigin)
-		s.headers.Set("Access-Control-Expose-Headers", "Link, Retry-After, X-Request-Id")
-	}
-	if s.cors && o.corsOrigin != "*" {
-		s.headers.Set("Vary", "Origin")
-	}
-	s.routes()
-	return s
-}
+const maxBody = 64 << 10 // bytes
 
-// ServeHTTP does what every request needs, and writes its log line.
+// ServeHTTP does what every request needs.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	id := s.idPrefix + strconv.FormatUint(s.requests.Add(1), 10)
@@ -316,10 +318,13 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		// close the connection.
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 	}
-
 	answer := &response{ResponseWriter: w}
 	s.dispatch(answer, r)
+	s.logRequest(r, answer, id, start)
+}
 
+// logRequest writes one line, with no query, which may hold a token.
+func (s *server) logRequest(r *http.Request, answer *response, id string, start time.Time) {
 	level := answer.logLevel()
 	if !s.log.Enabled(r.Context(), level) {
 		return
@@ -443,6 +448,18 @@ func (w *response) fail(err error) {
 	}{reason, fields})
 }
 
+// logLevel is above Info for what -quiet still logs.
+func (w *response) logLevel() slog.Level {
+	_, throttled := errors.AsType[throttledError](w.err)
+	switch {
+	case w.err != nil && statusOf(w.err) >= 500:
+		return slog.LevelError
+	case throttled, errors.Is(w.err, errWrongLogIn):
+		return slog.LevelWarn
+	}
+	return slog.LevelInfo
+}
+
 // statusOf is the only place where an error becomes a status.
 func statusOf(err error) int {
 	is := func(target error) bool { return errors.Is(err, target) }
@@ -483,18 +500,6 @@ var (
 	errMediaType = errors.New("the Content-Type must be application/json or application/x-www-form-urlencoded")
 )
 
-// logLevel is above Info for what -quiet still logs.
-func (w *response) logLevel() slog.Level {
-	_, throttled := errors.AsType[throttledError](w.err)
-	switch {
-	case w.err != nil && statusOf(w.err) >= 500:
-		return slog.LevelError
-	case throttled, errors.Is(w.err, errWrongLogIn):
-		return slog.LevelWarn
-	}
-	return slog.LevelInfo
-}
-
 // writeJSON answers v. It encodes before it writes, so that an error can
 // still be answered.
 func writeJSON(w http.ResponseWriter, status int, v any) error {
@@ -515,8 +520,6 @@ func writeBody(w http.ResponseWriter, status int, body []byte) {
 	w.WriteHeader(status)
 	w.Write(body)
 }
-
-const maxBody = 64 << 10
 
 // An input is what a client sent: the members of a JSON object, a form or a
 // query. Each is read by the rule of its field. What is wrong, err tells once

@@ -47,15 +47,15 @@ type store struct {
 	queueMu sync.Mutex
 	queue   []*pending // for its first, who waits for diskMu
 
-	diskMu  sync.Mutex // to write the journal
-	journal *os.File
-	number  uint64    // of the journal
-	size    int64     // of what is acknowledged in it
-	sum     uint32    // of what is acknowledged in it
-	limit   int64     // the size at which to renew
-	base    uint64    // the journal that FILE names
-	failed  uint64    // a journal that must not be written any more, and all before
-	healing time.Time // when a renew for that was last tried
+	diskMu    sync.Mutex // to write the journal
+	journal   *os.File
+	number    uint64    // of the journal
+	size      int64     // of what is acknowledged in it
+	sum       uint32    // of what is acknowledged in it
+	limit     int64     // the size at which to renew
+	base      uint64    // the journal that FILE names
+	abandoned uint64    // the last journal that must not be written any more, or 0
+	lastHeal  time.Time // when a renew for that was last tried
 
 	renewing sync.Mutex  // held by the one renew there may be
 	failing  atomic.Bool // the last change could not be stored
@@ -147,13 +147,13 @@ func (s *store) signUp(u user, first session) error {
 	return s.commit(change{User: &u, Session: &first})
 }
 
-func (s *store) logIn(new session) error {
-	return s.commit(change{Session: &new})
+func (s *store) logIn(begun session) error {
+	return s.commit(change{Session: &begun})
 }
 
 // logOut ends the session if it is the user's.
 func (s *store) logOut(userID, key string) error {
-	if old, _, ok := s.session(key); !ok || old.UserID != userID {
+	if ended, _, ok := s.session(key); !ok || ended.UserID != userID {
 		return nil
 	}
 	return s.commit(change{LogOut: &session{Key: key, UserID: userID}})
@@ -230,23 +230,25 @@ func (s *store) commit(c change) error {
 	first := len(s.queue) == 1
 	s.queueMu.Unlock()
 	if first {
-		s.storeQueue()
+		s.commitQueue()
 	}
 	<-mine.done
 	return mine.err
 }
 
-// storeQueue makes the changes in the queue durable and then visible.
-func (s *store) storeQueue() {
+// commitQueue makes the changes in the queue durable and then visible.
+func (s *store) commitQueue() {
 	s.diskMu.Lock()
 	defer s.diskMu.Unlock()
 	runtime.Gosched() // let others join
+
 	s.queueMu.Lock()
 	queue := s.queue
 	s.queue = nil
 	s.queueMu.Unlock()
 
 	err := s.appendToJournal(queue)
+
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, c := range queue {
@@ -286,28 +288,39 @@ func (s *store) appendToJournal(queue []*pending) error {
 	if s.path == "" {
 		return nil
 	}
-	if s.failed >= s.base { // FILE still needs a journal that cannot go on
-		if time.Since(s.healing) > time.Second {
-			s.healing = time.Now()
-			s.renewBeside()
-		}
+	if s.abandoned >= s.base { // FILE still needs a journal that cannot go on
+		s.heal()
 		return errNotStored
 	}
 	line, sum := encodeLine(s.sum, queue)
-	if err := s.writeLine(line); err != nil {
-		if !s.failing.Swap(true) {
-			s.log.Error("nothing can be stored", "error", err)
-		}
+	err := s.writeLine(line)
+	s.logHealth(err)
+	if err != nil {
 		return errNotStored
-	}
-	if s.failing.Swap(false) {
-		s.log.Warn("changes can be stored again")
 	}
 	s.size, s.sum = s.size+int64(len(line)), sum
 	if s.size > s.limit {
-		s.renewBeside()
+		s.renewInBackground()
 	}
 	return nil
+}
+
+// heal tries to move to new files, once a second.
+func (s *store) heal() {
+	if time.Since(s.lastHeal) > time.Second {
+		s.lastHeal = time.Now()
+		s.renewInBackground()
+	}
+}
+
+// logHealth logs the first of many failures, and their end.
+func (s *store) logHealth(err error) {
+	switch failed := s.failing.Swap(err != nil); {
+	case err != nil && !failed:
+		s.log.Error("nothing can be stored", "error", err)
+	case err == nil && failed:
+		s.log.Warn("changes can be stored again")
+	}
 }
 
 // writeLine puts a line behind what is acknowledged, or cuts the journal back
@@ -324,11 +337,11 @@ func (s *store) writeLine(line []byte) error {
 		if err = s.disk.do("sync", name, s.journal.Sync); err == nil {
 			return nil
 		}
-		s.failed = s.number
+		s.abandoned = s.number
 	}
 	cut := func() error { return errors.Join(s.journal.Truncate(s.size), s.journal.Sync()) }
 	if s.disk.do("truncate", name, cut) != nil {
-		s.failed = s.number
+		s.abandoned = s.number
 	}
 	return err
 }
@@ -362,8 +375,8 @@ func (s *store) journalPath(number uint64) string {
 // new snapshot.
 const minLimit = 1 << 20
 
-// renewBeside renews while reads and, if they can, changes go on.
-func (s *store) renewBeside() {
+// renewInBackground renews while reads and, if they can, changes go on.
+func (s *store) renewInBackground() {
 	if !s.renewing.TryLock() {
 		return // one is under way
 	}
@@ -405,7 +418,7 @@ func (s *store) renew() error {
 // and returns an image of memory at that point. The caller holds diskMu, so
 // that nothing is applied meanwhile.
 func (s *store) nextJournal() (*snapshot, error) {
-	if s.journal == nil || s.size > 0 || s.failed == s.number {
+	if s.journal == nil || s.size > 0 || s.abandoned == s.number {
 		path := s.journalPath(s.number + 1)
 		f, err := s.disk.create(path)
 		if err != nil {
