@@ -1495,63 +1495,36 @@ func TestReadableKey(t *testing.T) {
 // that stands there, but for ids, times and tokens.
 func TestTour(t *testing.T) {
 	c := newClient(t, newTestServer())
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, tour, _ := strings.Cut(string(readme), "## A tour")
+	_, tour, _ := strings.Cut(string(must(os.ReadFile("README.md"))), "## A tour")
 	_, tour, _ = strings.Cut(tour, "```sh\n")
 	tour, _, _ = strings.Cut(tour, "```")
 	varying := regexp.MustCompile(`("(?:jwt|refresh_token|id)":)"[^"]*"|("created_at":)\d+`)
-	steps := regexp.MustCompile(`(?m)^(?:([A-Z]+)=\$\()?curl (.*?)(?: \| .*"(\w+)".*)?\n((?:#.*\n)*)`).FindAllStringSubmatch(tour, -1)
+	//                           NAME=$(   curl ARGUMENTS | sed …"MEMBER"…   # answer
+	steps := regexp.MustCompile(`(?:(\w+)=\$\()?curl (.*?)(?: \| .*"(\w+)".*)?\n((?:#.*\n)*)`).FindAllStringSubmatch(tour, -1)
 	for _, step := range steps {
-		name, args, member, want := step[1], step[2], step[3], step[4]
-		got := c.curl(args)
+		name, arguments, wanted, want := step[1], step[2], step[3], strings.TrimSpace(strings.ReplaceAll(step[4], "# ", ""))
+		option := func(name string) (values []string) {
+			for _, found := range regexp.MustCompile(name+` ('[^'$]*'|"[^"]*"|[^'"\s]+)`).FindAllStringSubmatch(arguments, -1) {
+				values = append(values, strings.Trim(found[1], `'"`))
+			}
+			return values
+		}
+		method, body, headers := "GET", strings.Join(option("-d"), "&"), option("-H")
+		if body != "" {
+			method, headers = "POST", append(headers, "Content-Type: application/x-www-form-urlencoded")
+		}
+		method = append(option("-X"), method)[0] // if it is given
+		target := regexp.MustCompile(`localhost:8080([^\s"]*)`).FindStringSubmatch(arguments)[1]
+		got := c.send(method+" "+target, body, headers...).body
 		if name != "" {
-			var members map[string]string
-			json.Unmarshal([]byte(got), &members)
-			c.names[name] = members[member]
-			continue
-		}
-		want = strings.TrimSpace(strings.ReplaceAll(want, "# ", ""))
-		if varying.ReplaceAllString(got, "$1$2…") != varying.ReplaceAllString(want, "$1$2…") {
-			t.Errorf("curl %s\n got %s\nwant %s", args, got, want)
+			c.names[name] = member(got, wanted)
+		} else if varying.ReplaceAllString(got, "$1$2…") != varying.ReplaceAllString(want, "$1$2…") {
+			t.Errorf("curl %s\nwant %s\n got %s", arguments, want, got)
 		}
 	}
-	if len(steps) < 10 {
-		t.Errorf("the tour has %d steps", len(steps))
+	if lines := strings.Count("\n"+tour, "\n") - strings.Count("\n"+tour, "\n#") - 1; lines != len(steps) || lines < 10 {
+		t.Errorf("%d of %d lines of the tour were played", len(steps), lines)
 	}
-}
-
-// curl does what the command does with the same arguments.
-func (c *client) curl(args string) string {
-	c.t.Helper()
-	method, target, body := "", "", ""
-	var headers []string
-	var option string
-	for _, arg := range regexp.MustCompile(`'[^']*'|"[^"]*"|\S+`).FindAllString(args, -1) {
-		if arg[0] != '\'' {
-			arg = c.expand(arg)
-		}
-		arg = strings.Trim(arg, `'"`)
-		switch {
-		case option == "-X":
-			method = arg
-		case option == "-H":
-			headers = append(headers, arg)
-		case option == "-d":
-			body += strings.Repeat("&", min(len(body), 1)) + arg
-			method = cmp.Or(method, "POST")
-			headers = append(headers, "Content-Type: application/x-www-form-urlencoded")
-		case arg[0] != '-':
-			_, target, _ = strings.Cut(arg, "localhost:8080")
-		}
-		option = ""
-		if strings.HasPrefix(arg, "-") {
-			option = arg
-		}
-	}
-	return c.send(cmp.Or(method, "GET")+" "+target, body, headers...).body
 }
 
 // No body, query, header or path gives a 5xx, a redirect or an answer that is
@@ -1653,38 +1626,34 @@ func BenchmarkRequests(b *testing.B) {
 		})
 		request := fmt.Sprintf("%s HTTP/1.1\r\nHost: x\r\nX-Access-Token: %s\r\nContent-Length: %d\r\n\r\n%s",
 			bench.route, c.names["jwt"], len(bench.body), bench.body)
-		b.Run(bench.route+"/bare", func(b *testing.B) { benchmarkRequest(b, bare, bench.conns, request) })
-		b.Run(bench.route+"/ours", func(b *testing.B) { benchmarkRequest(b, s, bench.conns, request) })
-	}
-}
-
-func benchmarkRequest(b *testing.B, h http.Handler, conns int, request string) {
-	server := httptest.NewServer(h)
-	defer server.Close()
-	clients := make([]*bufio.ReadWriter, conns)
-	for n := range clients {
-		conn, err := net.Dial("tcp", server.Listener.Addr().String())
-		if err != nil {
-			b.Fatal(err)
-		}
-		defer conn.Close()
-		clients[n] = bufio.NewReadWriter(bufio.NewReader(conn), bufio.NewWriter(conn))
-	}
-	b.ReportAllocs()
-	for b.Loop() {
-		for _, c := range clients {
-			c.WriteString(request)
-			c.Flush()
-		}
-		for _, c := range clients {
-			resp, err := http.ReadResponse(c.Reader, nil)
-			if err != nil || resp.StatusCode >= 300 {
-				b.Fatal(resp, err)
-			}
-			io.Copy(io.Discard, resp.Body)
+		for n, h := range []http.Handler{bare, s} {
+			b.Run(bench.route+[]string{"/bare", "/ours"}[n], func(b *testing.B) {
+				server := httptest.NewServer(h)
+				defer server.Close()
+				var conns []net.Conn
+				var answers []*bufio.Reader
+				for n := range bench.conns {
+					conns = append(conns, must(net.Dial("tcp", server.Listener.Addr().String())))
+					answers = append(answers, bufio.NewReader(conns[n]))
+					defer conns[n].Close()
+				}
+				b.ReportAllocs()
+				for b.Loop() {
+					for _, conn := range conns {
+						io.WriteString(conn, request)
+					}
+					for _, answer := range answers {
+						resp, err := http.ReadResponse(answer, nil)
+						if err != nil || resp.StatusCode >= 300 {
+							b.Fatal(resp, err)
+						}
+						io.Copy(io.Discard, resp.Body)
+					}
+				}
+				b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*bench.conns), "ns/request")
+			})
 		}
 	}
-	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*conns), "ns/request")
 }
 
 // allRoutes are those of server.routes, as requests.
@@ -1835,12 +1804,11 @@ func (c *client) play(transcript string) {
 		}
 		got += a.body + "\n"
 		if !c.match(want, got) {
-			report, gots := "", strings.Split(got, "\n")
-			for n, line := range strings.Split(c.expand(want), "\n") {
-				report += "want " + line + "\n got " + gots[n] + "\n"
+			report, gots := "", strings.SplitAfter(got, "\n")
+			for n, line := range slices.Collect(strings.Lines(c.expand(want))) {
+				report += "want " + line + " got " + gots[n]
 			}
-			line := first + strings.Count(text[:at[0]], "\n")
-			c.t.Fatalf("line %d:\n> %s\n%s%s%s", line, part(1), part(2), part(3), report)
+			c.t.Fatalf("line %d:\n> %s\n%s%s%s", first+strings.Count(text[:at[0]], "\n"), part(1), part(2), part(3), report)
 		}
 	}
 }
