@@ -1163,23 +1163,6 @@ func TestShutdown(t *testing.T) {
 	}
 }
 
-func TestHeaderLimit(t *testing.T) {
-	t.Chdir(t.TempDir())
-	run := runCommand(t, "-addr", "localhost:0", "-data", "")
-	for _, test := range []struct{ size, want int }{{15 << 10, 401}, {17 << 10, 431}} {
-		r, _ := http.NewRequest("GET", run.client.url+"/me", nil)
-		r.Header.Set("X", strings.Repeat("x", test.size))
-		resp, err := http.DefaultClient.Do(r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp.Body.Close()
-		if resp.StatusCode != test.want {
-			t.Errorf("a header of %d bytes: %s, want %d", test.size, resp.Status, test.want)
-		}
-	}
-}
-
 func TestPanic(t *testing.T) {
 	var log bytes.Buffer
 	s := newTestServer()
@@ -1263,53 +1246,39 @@ func TestLog(t *testing.T) {
 // all is as it was when it is started again.
 func TestCommand(t *testing.T) {
 	t.Chdir(t.TempDir())
-	run := runCommand(t, "-addr", "localhost:0")
+	c, stop := start(t)
+	c.play(signUp)
+	for impact := range 3 {
+		c.expect("201", "POST /ideas", fmt.Sprintf(`{"content":"a","impact":%d,"ease":1,"confidence":1}`, impact+1), withToken)
+	}
+	before := c.send("GET /ideas", "", withToken).body
 	want := regexp.MustCompile(`^Idea Pool is at (http://127\.0\.0\.1:\d+)
   data: ideapool.json
   key:  ideapool.pem
 Try it:
   curl http://127\.0\.0\.1:\d+/users -d email=me@example.org -d name=Me -d password=the-Secret-123
-`)
-	if !want.MatchString(run.stderr.String()) {
-		t.Errorf("the greeting is\n%s\nwant\n%s", run.stderr, want)
+(?s:.*)\nIdea Pool has stopped.
+$`)
+	if said := stop(); !want.MatchString(said) {
+		t.Errorf("it says\n%s\nwant\n%s", said, want)
 	}
-	c := run.client
-	c.play(signUp)
-	for n := range 3 {
-		c.play(fmt.Sprintf(`
-			> POST /ideas
-			> X-Access-Token: $jwt
-			{"content":"a","impact":%d,"ease":1,"confidence":1}
-			< 201
-		`, 1+n))
-	}
-	list := func() string { return c.send("GET /ideas", "", withToken).body }
-	before := list()
-	if err := run.stop(); err != nil {
-		t.Fatal(err)
-	}
-	if !strings.HasSuffix(run.stderr.String(), "Idea Pool has stopped.\n") {
-		t.Errorf("it ends with\n%s", run.stderr)
-	}
-	files, _ := os.ReadDir(".")
-	for _, file := range files {
-		if info, _ := file.Info(); runtime.GOOS != "windows" && info.Mode() != 0o600 {
+	for _, file := range must(os.ReadDir(".")) {
+		if info := must(file.Info()); runtime.GOOS != "windows" && info.Mode() != 0o600 {
 			t.Errorf("%s has mode %v", file.Name(), info.Mode())
 		}
-		data, _ := os.ReadFile(file.Name())
 		for _, secret := range []string{"the-Secret", c.names["jwt"], c.names["refresh"]} {
-			if bytes.Contains(data, []byte(secret)) {
+			if bytes.Contains(must(os.ReadFile(file.Name())), []byte(secret)) {
 				t.Errorf("%s holds %s", file.Name(), secret)
 			}
 		}
 	}
 
-	again := runCommand(t, "-addr", "localhost:0", "-quiet")
-	c.url = again.client.url
-	if after := list(); after != before || strings.Count(after, "content") != 3 {
+	again, _ := start(t, "-quiet")
+	again.names = c.names
+	if after := again.send("GET /ideas", "", withToken).body; after != before || strings.Count(after, "content") != 3 {
 		t.Errorf("the list was\n%s\nand is\n%s", before, after)
 	}
-	c.play(`
+	again.play(`
 		> POST /access-tokens/refresh
 		{"refresh_token":"$refresh"}
 		< 200
@@ -1319,63 +1288,56 @@ Try it:
 	`)
 }
 
-// A command is the program, running.
-type command struct {
-	client *client
-	stderr *lockedBuffer
-	stop   func() error
+// The command with everything in memory makes its key, and no other file. The
+// second time others can read the key, and so make tokens.
+func TestCommandInMemory(t *testing.T) {
+	t.Chdir(t.TempDir())
+	_, stop := start(t, "-data", "")
+	stop()
+	os.Chmod("ideapool.pem", 0o644)
+	c, stop := start(t, "-data", "")
+	c.play(signUp)
+	for _, test := range []struct{ size, want int }{{15 << 10, 401}, {17 << 10, 431}} {
+		r := must(http.NewRequest("GET", c.url+"/me", nil))
+		r.Header.Set("X", strings.Repeat("x", test.size))
+		resp := must(c.network.RoundTrip(r))
+		if resp.Body.Close(); resp.StatusCode != test.want {
+			t.Errorf("a header of %d bytes: %s, want %d", test.size, resp.Status, test.want)
+		}
+	}
+	if said := stop(); runtime.GOOS != "windows" && !regexp.MustCompile("level=WARN .*ideapool.pem").MatchString(said) {
+		t.Errorf("no warning of the key in\n%s", said)
+	}
+	if files := must(os.ReadDir(".")); len(files) != 1 || files[0].Name() != "ideapool.pem" {
+		t.Errorf("it leaves %v", files)
+	}
 }
 
-func runCommand(t *testing.T, args ...string) *command {
+// start runs the command; stop ends it, and returns what it said.
+func start(t *testing.T, flags ...string) (c *client, stop func() string) {
 	t.Helper()
+	stderr := must(os.CreateTemp(t.TempDir(), "stderr"))
+	said := func() string { return string(must(os.ReadFile(stderr.Name()))) }
 	ctx, cancel := context.WithCancel(t.Context())
-	stderr := new(lockedBuffer)
 	done := make(chan error, 1)
-	go func() { done <- run(ctx, args, stderr) }()
-	stop := sync.OnceValue(func() error {
+	go func() { done <- run(ctx, append(flags, "-addr", "localhost:0"), stderr) }()
+	stop = sync.OnceValue(func() string {
 		cancel()
-		return <-done
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		stderr.Close()
+		return said()
 	})
 	t.Cleanup(func() { stop() })
-	address := regexp.MustCompile(`(http://\S+)\n`)
 	for range 1000 {
-		if match := address.FindStringSubmatch(stderr.String()); match != nil {
-			c := &client{t, match[1], http.DefaultTransport, "*", make(map[string]string)}
-			return &command{c, stderr, stop}
+		if found := regexp.MustCompile(`at (http:.*)\n`).FindStringSubmatch(said()); found != nil {
+			return &client{t, found[1], http.DefaultTransport, "*", make(map[string]string)}, stop
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	t.Fatalf("it does not start: %v\n%s", stop(), stderr)
-	return nil
-}
-
-type lockedBuffer struct {
-	mu sync.Mutex
-	bytes.Buffer
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.Buffer.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.Buffer.String()
-}
-
-func TestInMemory(t *testing.T) {
-	t.Chdir(t.TempDir())
-	run := runCommand(t, "-addr", "localhost:0", "-data", "")
-	run.client.play(signUp)
-	if err := run.stop(); err != nil {
-		t.Error(err)
-	}
-	if files, _ := os.ReadDir("."); len(files) != 1 || files[0].Name() != "ideapool.pem" {
-		t.Errorf("it leaves %v", files)
-	}
+	t.Fatalf("it does not start:\n%s", stop())
+	return nil, nil
 }
 
 // Whatever is wrong at the start is one line that names the flag or the file,
@@ -1472,22 +1434,6 @@ func TestUsage(t *testing.T) {
 	o, err := parseFlags(nil, io.Discard)
 	if want := (options{"localhost:8080", "ideapool.json", "ideapool.pem", 10 * time.Minute, 720 * time.Hour, "*", false}); err != nil || o != want {
 		t.Errorf("without flags: %+v, want %+v", o, want)
-	}
-}
-
-// Others who can read the key can make tokens.
-func TestReadableKey(t *testing.T) {
-	if runtime.GOOS == "windows" {
-		t.Skip("has no file modes")
-	}
-	t.Chdir(t.TempDir())
-	if _, err := makeKey("ideapool.pem"); err != nil {
-		t.Fatal(err)
-	}
-	os.Chmod("ideapool.pem", 0o644)
-	run := runCommand(t, "-addr", "localhost:0", "-data", "")
-	if !strings.Contains(run.stderr.String(), "level=WARN") || !strings.Contains(run.stderr.String(), "ideapool.pem") {
-		t.Errorf("no warning in\n%s", run.stderr)
 	}
 }
 
