@@ -28,16 +28,22 @@ import (
 	"time"
 )
 
-// The tests talk to the server in transcripts, in the manner of curl -v:
+// This is the API document, and it can be run. First come transcripts, in the
+// manner of curl -v:
 //
 //	> POST /ideas              a request
 //	> X-Access-Token: $jwt     its headers
-//	{"content":"a"}            its body
+//	{"content":"a"}            its body, in JSON
 //	< 201                      the status that must come back,
-//	< Content-Length: 121      a header of it (none, where nothing is given)
+//	< Content-Length: 121      a header (none, where nothing is given)
 //	{"id":"$id"}               and the body, to the byte
 //
 // $name stands for what was there when the name first came. # is a comment.
+//
+// Then there are tables, with one line for each bad request, then guesses,
+// storms, slow clients and the command itself. The helpers are at the end.
+
+// Transcripts:
 
 // The examples of the API document, in its order. With a key of 4096 bits all
 // its Content-Lengths come out.
@@ -156,6 +162,42 @@ func TestDocument(t *testing.T) {
 	ids := []string{c.names["idea"], c.names["id_1"], c.names["id_2"], c.names["id_3"]}
 	if !slices.IsSorted(ids) || !isID(ids[0]) {
 		t.Errorf("ids %q do not rise, or are not 9 of [0-9a-z]", ids)
+	}
+}
+
+// The tour of the README: each curl line is played, and its answer is the one
+// that stands there, but for ids, times and tokens.
+func TestTour(t *testing.T) {
+	c := newClient(t, newTestServer())
+	_, tour, _ := strings.Cut(string(must(os.ReadFile("README.md"))), "## A tour")
+	_, tour, _ = strings.Cut(tour, "```sh\n")
+	tour, _, _ = strings.Cut(tour, "```")
+	varying := regexp.MustCompile(`("(?:jwt|refresh_token|id)":)"[^"]*"|("created_at":)\d+`)
+	//                           NAME=$(   curl ARGUMENTS | sed …"MEMBER"…   # answer
+	steps := regexp.MustCompile(`(?:(\w+)=\$\()?curl (.*?)(?: \| .*"(\w+)".*)?\n((?:#.*\n)*)`).FindAllStringSubmatch(tour, -1)
+	for _, step := range steps {
+		name, arguments, wanted, want := step[1], step[2], step[3], strings.TrimSpace(strings.ReplaceAll(step[4], "# ", ""))
+		option := func(name string) (values []string) {
+			for _, found := range regexp.MustCompile(name+` ('[^'$]*'|"[^"]*"|[^'"\s]+)`).FindAllStringSubmatch(arguments, -1) {
+				values = append(values, strings.Trim(found[1], `'"`))
+			}
+			return values
+		}
+		method, body, headers := "GET", strings.Join(option("-d"), "&"), option("-H")
+		if body != "" {
+			method, headers = "POST", append(headers, "Content-Type: application/x-www-form-urlencoded")
+		}
+		method = append(option("-X"), method)[0] // if it is given
+		target := regexp.MustCompile(`localhost:8080([^\s"]*)`).FindStringSubmatch(arguments)[1]
+		got := c.send(method+" "+target, body, headers...).body
+		if name != "" {
+			c.names[name] = member(got, wanted)
+		} else if varying.ReplaceAllString(got, "$1$2…") != varying.ReplaceAllString(want, "$1$2…") {
+			t.Errorf("curl %s\nwant %s\n got %s", arguments, want, got)
+		}
+	}
+	if lines := strings.Count("\n"+tour, "\n") - strings.Count("\n"+tour, "\n#") - 1; lines != len(steps) || lines < 10 {
+		t.Errorf("%d of %d lines of the tour were played", len(steps), lines)
 	}
 }
 
@@ -338,50 +380,6 @@ func TestLifetimes(t *testing.T) {
 	})
 }
 
-func TestTokenHeaders(t *testing.T) {
-	s := newTestServer()
-	c := newClient(t, s)
-	c.play(signUp)
-	for _, test := range []struct {
-		headers string
-		want    int
-	}{
-		{"X-Access-Token: $jwt", 200},
-		{"x-access-token: $jwt", 200},
-		{"X-Access-Token: Bearer $jwt", 200},
-		{"Authorization: Bearer $jwt", 200},
-		{"authorization: bearer  $jwt", 200},
-		{"X-Access-Token: $jwt\n> Authorization: Basic ignored", 200},
-		{"Accept: */*", 401},
-		{"X-Access-Token: null", 401},
-		{"X-Access-Token: [object Object]", 401},
-		{"X-Access-Token: $jwt\n> X-Access-Token: $jwt", 401},
-		{"X-Access-Token: null\n> Authorization: Bearer $jwt", 401},
-		{"Authorization: $jwt", 401},
-		{"Authorization: Basic $jwt", 401},
-		{"Authorization: Bearer $jwt\n> Authorization: Bearer $jwt", 401},
-		{"X-Access-Token: ${jwt}x", 401},
-		{"X-Access-Token: $refresh", 401},
-	} {
-		c.play(fmt.Sprintf("> GET /me\n> %s\n< %d", test.headers, test.want))
-	}
-	// A token of ours is not enough: its user must be there.
-	c.names["nobodys"] = must(s.tokens.sign(claims{UserID: "000000000"}))
-	c.play(`
-		> GET /me
-		> X-Access-Token: $nobodys
-		< 401
-	`)
-	// Public routes do not look at it.
-	c.play(`
-		> POST /access-tokens/refresh
-		> X-Access-Token: null
-		> Authorization: [object Object]
-		{"refresh_token":"$refresh"}
-		< 200
-	`)
-}
-
 func TestIdeas(t *testing.T) {
 	c := newClient(t, newTestServer())
 	c.play(signUp)
@@ -464,27 +462,6 @@ func TestIdeas(t *testing.T) {
 		< 200
 		[]
 	`)
-}
-
-// The sum of the scores is 3 to 30. The average is the shortest form of the
-// double, always with a decimal point.
-func TestAverages(t *testing.T) {
-	want := strings.Fields(`
-		1.0 1.3333333333333333 1.6666666666666667 2.0 2.3333333333333335 2.6666666666666665
-		3.0 3.3333333333333335 3.6666666666666665 4.0 4.333333333333333 4.666666666666667
-		5.0 5.333333333333333 5.666666666666667 6.0 6.333333333333333 6.666666666666667
-		7.0 7.333333333333333 7.666666666666667 8.0 8.333333333333334 8.666666666666666
-		9.0 9.333333333333334 9.666666666666666 10.0`)
-	for n, average := range want {
-		sum := n + 3
-		i := idea{Impact: min(10, sum-2), Ease: max(1, min(10, sum-11)), Confidence: max(1, sum-20)}
-		if i.sum() != sum {
-			t.Fatalf("the scores %+v do not make %d", i, sum)
-		}
-		if err := i.seal(); err != nil || !strings.Contains(string(i.json), `"average_score":`+average+`,`) {
-			t.Errorf("the average of %d/3 in %s is not %s (%v)", sum, i.json, average, err)
-		}
-	}
 }
 
 func TestPages(t *testing.T) {
@@ -709,6 +686,77 @@ func TestFullDisk(t *testing.T) {
 	`)
 }
 
+// Tables:
+
+// everyAnswer is what is true of every answer in these tests.
+func everyAnswer(a answer, method, origin string) map[string]bool {
+	has := func(name, value string) bool { return a.Header.Get(name) == value }
+	var problem struct{ Fields fieldErrors }
+	json.Unmarshal([]byte(a.body), &problem)
+	return map[string]bool{
+		"nosniff":                             has("X-Content-Type-Options", "nosniff"),
+		"X-Frame-Options":                     has("X-Frame-Options", "SAMEORIGIN"),
+		"no-store":                            has("Cache-Control", "no-store"),
+		"X-Request-Id":                        !has("X-Request-Id", ""),
+		"Access-Control-Allow-Origin":         has("Access-Control-Allow-Origin", origin),
+		"nothing in a 204":                    a.StatusCode != 204 || a.body == "" && has("Content-Type", ""),
+		"JSON in all others":                  a.StatusCode == 204 || has("Content-Type", "application/json; charset=utf-8"),
+		"a Content-Length, and no chunks":     len(a.TransferEncoding) == 0,
+		"a reason, or being no error":         a.StatusCode < 400 || a.reason != "" || method == "HEAD" && a.body == "",
+		"an error, or no reason":              a.StatusCode >= 400 || a.reason == "",
+		"a status that is no number":          !regexp.MustCompile(`"status":\s*[-\d]`).MatchString(a.body),
+		"a 422's fields, named in the reason": a.StatusCode != 422 || a.reason == problem.Fields.Error(),
+		"being a 422, or no fields":           a.StatusCode == 422 || problem.Fields == nil,
+		"WWW-Authenticate on a 401 only":      has("WWW-Authenticate", "Bearer") == (a.StatusCode == 401),
+		"Allow on a 405 only":                 has("Allow", "") == (a.StatusCode != 405),
+		"Retry-After on a 429 and a 503 only": has("Retry-After", "") == (a.StatusCode != 429 && a.StatusCode != 503),
+	}
+}
+
+func TestTokenHeaders(t *testing.T) {
+	s := newTestServer()
+	c := newClient(t, s)
+	c.play(signUp)
+	for _, test := range []struct {
+		headers string
+		want    int
+	}{
+		{"X-Access-Token: $jwt", 200},
+		{"x-access-token: $jwt", 200},
+		{"X-Access-Token: Bearer $jwt", 200},
+		{"Authorization: Bearer $jwt", 200},
+		{"authorization: bearer  $jwt", 200},
+		{"X-Access-Token: $jwt\n> Authorization: Basic ignored", 200},
+		{"Accept: */*", 401},
+		{"X-Access-Token: null", 401},
+		{"X-Access-Token: [object Object]", 401},
+		{"X-Access-Token: $jwt\n> X-Access-Token: $jwt", 401},
+		{"X-Access-Token: null\n> Authorization: Bearer $jwt", 401},
+		{"Authorization: $jwt", 401},
+		{"Authorization: Basic $jwt", 401},
+		{"Authorization: Bearer $jwt\n> Authorization: Bearer $jwt", 401},
+		{"X-Access-Token: ${jwt}x", 401},
+		{"X-Access-Token: $refresh", 401},
+	} {
+		c.play(fmt.Sprintf("> GET /me\n> %s\n< %d", test.headers, test.want))
+	}
+	// A token of ours is not enough: its user must be there.
+	c.names["nobodys"] = must(s.tokens.sign(claims{UserID: "000000000"}))
+	c.play(`
+		> GET /me
+		> X-Access-Token: $nobodys
+		< 401
+	`)
+	// Public routes do not look at it.
+	c.play(`
+		> POST /access-tokens/refresh
+		> X-Access-Token: null
+		> Authorization: [object Object]
+		{"refresh_token":"$refresh"}
+		< 200
+	`)
+}
+
 // Bodies of every kind, each with what is wrong with it.
 func TestBodies(t *testing.T) {
 	const (
@@ -768,6 +816,12 @@ func TestBodies(t *testing.T) {
 	} {
 		c.expect(test.want, "POST /ideas", test.body, withToken, "Content-Type: "+test.contentType)
 	}
+}
+
+// allRoutes are those of server.routes, as requests.
+var allRoutes = []string{
+	"POST /access-tokens/refresh", "POST /access-tokens", "DELETE /access-tokens", "GET /me", "POST /ideas",
+	"DELETE /ideas/x", "GET /ideas", "PUT /ideas/x", "POST /users", "GET /.well-known/jwks.json", "GET /healthz",
 }
 
 func TestBodyLimit(t *testing.T) {
@@ -920,6 +974,29 @@ func TestFields(t *testing.T) {
 	}
 }
 
+// The sum of the scores is 3 to 30. The average is the shortest form of the
+// double, always with a decimal point.
+func TestAverages(t *testing.T) {
+	want := strings.Fields(`
+		1.0 1.3333333333333333 1.6666666666666667 2.0 2.3333333333333335 2.6666666666666665
+		3.0 3.3333333333333335 3.6666666666666665 4.0 4.333333333333333 4.666666666666667
+		5.0 5.333333333333333 5.666666666666667 6.0 6.333333333333333 6.666666666666667
+		7.0 7.333333333333333 7.666666666666667 8.0 8.333333333333334 8.666666666666666
+		9.0 9.333333333333334 9.666666666666666 10.0`)
+	for n, average := range want {
+		sum := n + 3
+		i := idea{Impact: min(10, sum-2), Ease: max(1, min(10, sum-11)), Confidence: max(1, sum-20)}
+		if i.sum() != sum {
+			t.Fatalf("the scores %+v do not make %d", i, sum)
+		}
+		if err := i.seal(); err != nil || !strings.Contains(string(i.json), `"average_score":`+average+`,`) {
+			t.Errorf("the average of %d/3 in %s is not %s (%v)", sum, i.json, average, err)
+		}
+	}
+}
+
+// Guesses, storms, slow clients, panics, and the log:
+
 // Ten failures for one e-mail from one address, and the guesser must wait.
 // Nobody else must.
 func TestGuessing(t *testing.T) {
@@ -977,16 +1054,6 @@ func TestGuessing(t *testing.T) {
 	})
 }
 
-func TestGuessesAreBounded(t *testing.T) {
-	g := guesses{made: make(map[guesser]failures)}
-	for n := range 100_001 {
-		g.take(guesser{email: strconv.Itoa(n)})
-	}
-	if len(g.made) > 50_000 {
-		t.Errorf("%d guessers are remembered", len(g.made))
-	}
-}
-
 // Guesses that are under way at the same time do not slip through.
 func TestGuessingAtOnce(t *testing.T) {
 	s := newTestServer()
@@ -998,6 +1065,51 @@ func TestGuessingAtOnce(t *testing.T) {
 	})
 	if wrong, throttled := answers[400].Load(), answers[429].Load(); wrong != 10 || throttled != 20 {
 		t.Errorf("%d wrong and %d throttled of 30 log-ins at once, want 10 and 20", wrong, throttled)
+	}
+}
+
+func TestGuessesAreBounded(t *testing.T) {
+	g := guesses{made: make(map[guesser]failures)}
+	for n := range 100_001 {
+		g.take(guesser{email: strconv.Itoa(n)})
+	}
+	if len(g.made) > 50_000 {
+		t.Errorf("%d guessers are remembered", len(g.made))
+	}
+}
+
+// An unknown e-mail and a wrong password are alike to the byte, and cost the
+// same.
+func TestUnknownEmail(t *testing.T) {
+	s := newTestServer()
+	c := newClient(t, s)
+	c.play(signUp)
+	answer := func(email string) (string, time.Duration) {
+		start := time.Now()
+		a := c.send("POST /access-tokens", fmt.Sprintf(`{"email":%q,"password":"a wrong one"}`, email))
+		took := time.Since(start)
+		a.Header.Del("Date")
+		a.Header.Del("X-Request-Id")
+		return fmt.Sprint(a.StatusCode, a.Header, a.body), took
+	}
+	var known, unknown []time.Duration
+	for range 9 {
+		a, took := answer("jack@test.com")
+		known = append(known, took)
+		b, took := answer("nobody@test.com")
+		unknown = append(unknown, took)
+		if a != b {
+			t.Fatalf("a wrong password is answered\n%s\nan unknown e-mail\n%s", a, b)
+		}
+	}
+	slices.Sort(known)
+	slices.Sort(unknown)
+	if ratio := float64(unknown[4]) / float64(known[4]); ratio < 0.5 || ratio > 2 {
+		t.Errorf("an unknown e-mail takes %.2f times as long as a wrong password", ratio)
+	}
+	u, _ := s.store.userByEmail("jack@test.com")
+	if head := regexp.MustCompile(`^\$argon2id\$v=19\$m=19456,t=2,p=1\$`); !head.MatchString(u.Password) || !head.MatchString(noPassword) {
+		t.Errorf("the costs of %s and %s differ", u.Password, noPassword)
 	}
 }
 
@@ -1062,41 +1174,6 @@ func TestStorm(t *testing.T) {
 	})
 	if in, away := answers[201].Load(), answers[503].Load(); in < 6 || away == 0 || in+away != 40 {
 		t.Errorf("%d let in and %d turned away, of 40", in, away)
-	}
-}
-
-// An unknown e-mail and a wrong password are alike to the byte, and cost the
-// same.
-func TestUnknownEmail(t *testing.T) {
-	s := newTestServer()
-	c := newClient(t, s)
-	c.play(signUp)
-	answer := func(email string) (string, time.Duration) {
-		start := time.Now()
-		a := c.send("POST /access-tokens", fmt.Sprintf(`{"email":%q,"password":"a wrong one"}`, email))
-		took := time.Since(start)
-		a.Header.Del("Date")
-		a.Header.Del("X-Request-Id")
-		return fmt.Sprint(a.StatusCode, a.Header, a.body), took
-	}
-	var known, unknown []time.Duration
-	for range 9 {
-		a, took := answer("jack@test.com")
-		known = append(known, took)
-		b, took := answer("nobody@test.com")
-		unknown = append(unknown, took)
-		if a != b {
-			t.Fatalf("a wrong password is answered\n%s\nan unknown e-mail\n%s", a, b)
-		}
-	}
-	slices.Sort(known)
-	slices.Sort(unknown)
-	if ratio := float64(unknown[4]) / float64(known[4]); ratio < 0.5 || ratio > 2 {
-		t.Errorf("an unknown e-mail takes %.2f times as long as a wrong password", ratio)
-	}
-	u, _ := s.store.userByEmail("jack@test.com")
-	if head := regexp.MustCompile(`^\$argon2id\$v=19\$m=19456,t=2,p=1\$`); !head.MatchString(u.Password) || !head.MatchString(noPassword) {
-		t.Errorf("the costs of %s and %s differ", u.Password, noPassword)
 	}
 }
 
@@ -1261,6 +1338,8 @@ func TestLog(t *testing.T) {
 	}
 }
 
+// The command:
+
 // The command in an empty folder: what it says, what it leaves there, and that
 // all is as it was when it is started again.
 func TestCommand(t *testing.T) {
@@ -1330,33 +1409,6 @@ func TestCommandInMemory(t *testing.T) {
 	if files := must(os.ReadDir(".")); len(files) != 1 || files[0].Name() != "ideapool.pem" {
 		t.Errorf("it leaves %v", files)
 	}
-}
-
-// start runs the command; stop ends it, and returns what it said.
-func start(t *testing.T, flags ...string) (c *client, stop func() string) {
-	t.Helper()
-	stderr := must(os.CreateTemp(t.TempDir(), "stderr"))
-	said := func() string { return string(must(os.ReadFile(stderr.Name()))) }
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- run(ctx, append(flags, "-addr", "localhost:0"), stderr) }()
-	stop = sync.OnceValue(func() string {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-		stderr.Close()
-		return said()
-	})
-	t.Cleanup(func() { stop() })
-	for range 1000 {
-		if found := regexp.MustCompile(`at (http:.*)\n`).FindStringSubmatch(said()); found != nil {
-			return &client{t, found[1], http.DefaultTransport, "*", make(map[string]string)}, stop
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatalf("it does not start:\n%s", stop())
-	return nil, nil
 }
 
 // Whatever is wrong at the start is one line that names the flag or the file,
@@ -1450,41 +1502,7 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// The tour of the README: each curl line is played, and its answer is the one
-// that stands there, but for ids, times and tokens.
-func TestTour(t *testing.T) {
-	c := newClient(t, newTestServer())
-	_, tour, _ := strings.Cut(string(must(os.ReadFile("README.md"))), "## A tour")
-	_, tour, _ = strings.Cut(tour, "```sh\n")
-	tour, _, _ = strings.Cut(tour, "```")
-	varying := regexp.MustCompile(`("(?:jwt|refresh_token|id)":)"[^"]*"|("created_at":)\d+`)
-	//                           NAME=$(   curl ARGUMENTS | sed …"MEMBER"…   # answer
-	steps := regexp.MustCompile(`(?:(\w+)=\$\()?curl (.*?)(?: \| .*"(\w+)".*)?\n((?:#.*\n)*)`).FindAllStringSubmatch(tour, -1)
-	for _, step := range steps {
-		name, arguments, wanted, want := step[1], step[2], step[3], strings.TrimSpace(strings.ReplaceAll(step[4], "# ", ""))
-		option := func(name string) (values []string) {
-			for _, found := range regexp.MustCompile(name+` ('[^'$]*'|"[^"]*"|[^'"\s]+)`).FindAllStringSubmatch(arguments, -1) {
-				values = append(values, strings.Trim(found[1], `'"`))
-			}
-			return values
-		}
-		method, body, headers := "GET", strings.Join(option("-d"), "&"), option("-H")
-		if body != "" {
-			method, headers = "POST", append(headers, "Content-Type: application/x-www-form-urlencoded")
-		}
-		method = append(option("-X"), method)[0] // if it is given
-		target := regexp.MustCompile(`localhost:8080([^\s"]*)`).FindStringSubmatch(arguments)[1]
-		got := c.send(method+" "+target, body, headers...).body
-		if name != "" {
-			c.names[name] = member(got, wanted)
-		} else if varying.ReplaceAllString(got, "$1$2…") != varying.ReplaceAllString(want, "$1$2…") {
-			t.Errorf("curl %s\nwant %s\n got %s", arguments, want, got)
-		}
-	}
-	if lines := strings.Count("\n"+tour, "\n") - strings.Count("\n"+tour, "\n#") - 1; lines != len(steps) || lines < 10 {
-		t.Errorf("%d of %d lines of the tour were played", len(steps), lines)
-	}
-}
+// Fuzzing and benchmarks:
 
 // No body, query, header or path gives a 5xx, a redirect or an answer that is
 // not ours.
@@ -1615,59 +1633,38 @@ func BenchmarkRequests(b *testing.B) {
 	}
 }
 
-// allRoutes are those of server.routes, as requests.
-var allRoutes = []string{
-	"POST /access-tokens/refresh", "POST /access-tokens", "DELETE /access-tokens", "GET /me", "POST /ideas",
-	"DELETE /ideas/x", "GET /ideas", "PUT /ideas/x", "POST /users", "GET /.well-known/jwks.json", "GET /healthz",
-}
-
-// What is true of every answer to a request.
-func everyAnswer(a answer, method, origin string) map[string]bool {
-	has := func(name, value string) bool { return a.Header.Get(name) == value }
-	var problem struct{ Fields fieldErrors }
-	json.Unmarshal([]byte(a.body), &problem)
-	return map[string]bool{
-		"nosniff":                             has("X-Content-Type-Options", "nosniff"),
-		"X-Frame-Options":                     has("X-Frame-Options", "SAMEORIGIN"),
-		"no-store":                            has("Cache-Control", "no-store"),
-		"X-Request-Id":                        !has("X-Request-Id", ""),
-		"Access-Control-Allow-Origin":         has("Access-Control-Allow-Origin", origin),
-		"nothing in a 204":                    a.StatusCode != 204 || a.body == "" && has("Content-Type", ""),
-		"JSON in all others":                  a.StatusCode == 204 || has("Content-Type", "application/json; charset=utf-8"),
-		"a Content-Length, and no chunks":     len(a.TransferEncoding) == 0,
-		"a reason, or being no error":         a.StatusCode < 400 || a.reason != "" || method == "HEAD" && a.body == "",
-		"an error, or no reason":              a.StatusCode >= 400 || a.reason == "",
-		"a status that is no number":          !regexp.MustCompile(`"status":\s*[-\d]`).MatchString(a.body),
-		"a 422's fields, named in the reason": a.StatusCode != 422 || a.reason == problem.Fields.Error(),
-		"being a 422, or no fields":           a.StatusCode == 422 || problem.Fields == nil,
-		"WWW-Authenticate on a 401 only":      has("WWW-Authenticate", "Bearer") == (a.StatusCode == 401),
-		"Allow on a 405 only":                 has("Allow", "") == (a.StatusCode != 405),
-		"Retry-After on a 429 and a 503 only": has("Retry-After", "") == (a.StatusCode != 429 && a.StatusCode != 503),
-	}
-}
+// Helpers, beside must, member, atOnce and mustStart of the other tests:
 
 // newTestServer makes a server with everything in memory.
 func newTestServer(flags ...string) *server {
 	return newServer(must(parseFlags(flags, io.Discard)), rfcKey(), must(openStore("", quiet)), quiet)
 }
 
-// pipes are a network in memory, the only one whose time is synctest's.
-type pipes chan net.Conn
-
-func (p pipes) Close() error   { close(p); return nil }
-func (p pipes) Addr() net.Addr { return &net.UnixAddr{} }
-
-func (p pipes) Accept() (net.Conn, error) {
-	if conn, open := <-p; open {
-		return conn, nil
+// start runs the command; stop ends it, and returns what it said.
+func start(t *testing.T, flags ...string) (c *client, stop func() string) {
+	t.Helper()
+	stderr := must(os.CreateTemp(t.TempDir(), "stderr"))
+	said := func() string { return string(must(os.ReadFile(stderr.Name()))) }
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- run(ctx, append(flags, "-addr", "localhost:0"), stderr) }()
+	stop = sync.OnceValue(func() string {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		stderr.Close()
+		return said()
+	})
+	t.Cleanup(func() { stop() })
+	for range 1000 {
+		if found := regexp.MustCompile(`at (http:.*)\n`).FindStringSubmatch(said()); found != nil {
+			return &client{t, found[1], http.DefaultTransport, "*", make(map[string]string)}, stop
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
-	return nil, net.ErrClosed
-}
-
-func (p pipes) dial() net.Conn {
-	client, server := net.Pipe()
-	p <- server
-	return client
+	t.Fatalf("it does not start:\n%s", stop())
+	return nil, nil
 }
 
 // A client talks to a server, in HTTP.
@@ -1686,15 +1683,6 @@ func newClient(t testing.TB, h http.Handler) *client {
 	t.Cleanup(func() { network.CloseIdleConnections(); server.Close() })
 	return &client{t, "http://test", network, "*", make(map[string]string)}
 }
-
-// An answer is a response that was read. As a string it is "201", or
-// "404 you have no such idea".
-type answer struct {
-	*http.Response
-	body, reason string
-}
-
-func (a answer) String() string { return strings.TrimSpace(fmt.Sprint(a.StatusCode, " ", a.reason)) }
 
 // send sends a request, such as "GET /me", with headers such as "Name: value".
 func (c *client) send(request, body string, headers ...string) answer {
@@ -1725,13 +1713,14 @@ func (c *client) read(r *http.Request, resp *http.Response) answer {
 	return a
 }
 
-// expect expects an answer with this status and, if it is an error, reason.
-func (c *client) expect(want, request, body string, headers ...string) {
-	c.t.Helper()
-	if got := c.send(request, body, headers...).String(); got != want {
-		c.t.Errorf("%s %q\n%.100s\nwant %s\n got %s", request, headers, body, want, got)
-	}
+// An answer is a response that was read. As a string it is "201", or
+// "404 you have no such idea".
+type answer struct {
+	*http.Response
+	body, reason string
 }
+
+func (a answer) String() string { return strings.TrimSpace(fmt.Sprint(a.StatusCode, " ", a.reason)) }
 
 // play plays a transcript.
 func (c *client) play(transcript string) {
@@ -1788,4 +1777,31 @@ func (c *client) match(want, got string) bool {
 // expand puts what was named in the place of the names.
 func (c *client) expand(s string) string {
 	return os.Expand(s, func(name string) string { return cmp.Or(c.names[name], "$"+name) })
+}
+
+// expect expects an answer with this status and, if it is an error, reason.
+func (c *client) expect(want, request, body string, headers ...string) {
+	c.t.Helper()
+	if got := c.send(request, body, headers...).String(); got != want {
+		c.t.Errorf("%s %q\n%.100s\nwant %s\n got %s", request, headers, body, want, got)
+	}
+}
+
+// pipes are a network in memory, the only one whose time is synctest's.
+type pipes chan net.Conn
+
+func (p pipes) Close() error   { close(p); return nil }
+func (p pipes) Addr() net.Addr { return &net.UnixAddr{} }
+
+func (p pipes) Accept() (net.Conn, error) {
+	if conn, open := <-p; open {
+		return conn, nil
+	}
+	return nil, net.ErrClosed
+}
+
+func (p pipes) dial() net.Conn {
+	client, server := net.Pipe()
+	p <- server
+	return client
 }
