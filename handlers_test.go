@@ -20,7 +20,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -1340,11 +1339,42 @@ func TestLog(t *testing.T) {
 
 // The command:
 
-// The command in an empty folder: what it says, what it leaves there, and that
-// all is as it was when it is started again.
+// The command in an empty folder: what it says, what it leaves there, that all
+// is as it was when it is started again, and what is different in memory.
 func TestCommand(t *testing.T) {
+	// start runs it; stop ends it, and returns all that it said.
+	start := func(flags ...string) (c *client, stop func() string) {
+		ctx, cancel := context.WithCancel(t.Context())
+		out, stderr, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			defer stderr.Close()
+			if err := run(ctx, append(flags, "-addr", "localhost:0"), stderr); err != nil {
+				t.Error(err)
+			}
+		}()
+		lines, said := bufio.NewReader(out), ""
+		stop = func() string {
+			cancel()
+			said += string(must(io.ReadAll(lines)))
+			return said
+		}
+		t.Cleanup(func() { stop() })
+		for {
+			line, err := lines.ReadString('\n')
+			said += line
+			if url := regexp.MustCompile(`at (http:.*)`).FindStringSubmatch(line); url != nil {
+				return &client{t, url[1], http.DefaultTransport, "*", make(map[string]string)}, stop
+			} else if err != nil {
+				t.Fatalf("it does not start:\n%s", said)
+			}
+		}
+	}
+
 	t.Chdir(t.TempDir())
-	c, stop := start(t)
+	c, stop := start()
 	c.play(signUp)
 	for impact := range 3 {
 		c.expect("201", "POST /ideas", fmt.Sprintf(`{"content":"a","impact":%d,"ease":1,"confidence":1}`, impact+1), withToken)
@@ -1371,12 +1401,13 @@ $`)
 		}
 	}
 
-	again, _ := start(t, "-quiet")
-	again.names = c.names
-	if after := again.send("GET /ideas", "", withToken).body; after != before || strings.Count(after, "content") != 3 {
+	names := c.names
+	c, stop = start("-quiet")
+	c.names = names
+	if after := c.send("GET /ideas", "", withToken).body; after != before || strings.Count(after, "content") != 3 {
 		t.Errorf("the list was\n%s\nand is\n%s", before, after)
 	}
-	again.play(`
+	c.play(`
 		> POST /access-tokens/refresh
 		{"refresh_token":"$refresh"}
 		< 200
@@ -1384,16 +1415,15 @@ $`)
 		{"email":"jack@test.com","password":"the-Secret-123"}
 		< 201
 	`)
-}
+	stop()
 
-// The command with everything in memory makes its key, and no other file. The
-// second time others can read the key, and so make tokens.
-func TestCommandInMemory(t *testing.T) {
+	// With everything in memory it makes its key, and no other file. The second
+	// time others can read the key, and so make tokens.
 	t.Chdir(t.TempDir())
-	_, stop := start(t, "-data", "")
+	_, stop = start("-data", "")
 	stop()
 	os.Chmod("ideapool.pem", 0o644)
-	c, stop := start(t, "-data", "")
+	c, stop = start("-data", "")
 	c.play(signUp)
 	for _, test := range []struct{ size, want int }{{15 << 10, 401}, {17 << 10, 431}} {
 		r := must(http.NewRequest("GET", c.url+"/me", nil))
@@ -1640,33 +1670,6 @@ func newTestServer(flags ...string) *server {
 	return newServer(must(parseFlags(flags, io.Discard)), rfcKey(), must(openStore("", quiet)), quiet)
 }
 
-// start runs the command; stop ends it, and returns what it said.
-func start(t *testing.T, flags ...string) (c *client, stop func() string) {
-	t.Helper()
-	stderr := must(os.CreateTemp(t.TempDir(), "stderr"))
-	said := func() string { return string(must(os.ReadFile(stderr.Name()))) }
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- run(ctx, append(flags, "-addr", "localhost:0"), stderr) }()
-	stop = sync.OnceValue(func() string {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-		stderr.Close()
-		return said()
-	})
-	t.Cleanup(func() { stop() })
-	for range 1000 {
-		if found := regexp.MustCompile(`at (http:.*)\n`).FindStringSubmatch(said()); found != nil {
-			return &client{t, found[1], http.DefaultTransport, "*", make(map[string]string)}, stop
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatalf("it does not start:\n%s", stop())
-	return nil, nil
-}
-
 // A client talks to a server, in HTTP.
 type client struct {
 	t       testing.TB
@@ -1713,16 +1716,13 @@ func (c *client) read(r *http.Request, resp *http.Response) answer {
 	return a
 }
 
-// An answer is a response that was read. As a string it is "201", or
-// "404 you have no such idea".
+// An answer is a response that was read.
 type answer struct {
 	*http.Response
 	body, reason string
 }
 
-func (a answer) String() string { return strings.TrimSpace(fmt.Sprint(a.StatusCode, " ", a.reason)) }
-
-// play plays a transcript.
+// play plays a transcript. It writes each answer as it is wanted, and compares.
 func (c *client) play(transcript string) {
 	c.t.Helper()
 	_, _, first, _ := runtime.Caller(1)
@@ -1738,40 +1738,33 @@ func (c *client) play(transcript string) {
 		for line := range strings.Lines(part(2)) {
 			headers = append(headers, line[2:])
 		}
-		body, want := strings.TrimSpace(part(3)), part(4)+part(5)
-		if body != "" {
+		if part(3) != "" {
 			headers = append(headers, "Content-Type: application/json")
 		}
-		a := c.send(part(1), body, headers...)
-		got := fmt.Sprintln("<", a.StatusCode)
+		a := c.send(part(1), strings.TrimSpace(part(3)), headers...)
+
+		want, got := part(4)+part(5), fmt.Sprintln("<", a.StatusCode)
 		for _, header := range regexp.MustCompile(`(?m)^< (\S+):`).FindAllStringSubmatch(want, -1) {
 			got += strings.TrimSpace("< "+header[1]+": "+a.Header.Get(header[1])) + "\n"
 		}
 		if part(5) == "" {
 			want += a.body + "\n" // whatever it is
 		}
-		got += a.body + "\n"
-		if !c.match(want, got) {
+		got, want = got+a.body+"\n", c.expand(want)
+		unnamed := regexp.MustCompile(`\\\$(\w+)`).ReplaceAllString(regexp.QuoteMeta(want), `(?P<$1>[^",}\s]+)`)
+		form := regexp.MustCompile("^" + unnamed + "$")
+		values := form.FindStringSubmatch(got)
+		if values == nil {
 			report, gots := "", strings.SplitAfter(got, "\n")
-			for n, line := range slices.Collect(strings.Lines(c.expand(want))) {
+			for n, line := range slices.Collect(strings.Lines(want)) {
 				report += "want " + line + " got " + gots[n]
 			}
 			c.t.Fatalf("line %d:\n> %s\n%s%s%s", first+strings.Count(text[:at[0]], "\n"), part(1), part(2), part(3), report)
 		}
-	}
-}
-
-// match compares, and remembers what is named for the first time.
-func (c *client) match(want, got string) bool {
-	form := regexp.MustCompile(`\\\$(\w+)`).ReplaceAllString(regexp.QuoteMeta(c.expand(want)), `(?P<$1>[^",}\s]+)`)
-	named := regexp.MustCompile("^" + form + "$")
-	values := named.FindStringSubmatch(got)
-	for n, name := range named.SubexpNames() {
-		if values != nil && name != "" {
-			c.names[name] = values[n]
+		for n, value := range values[1:] {
+			c.names[form.SubexpNames()[n+1]] = value
 		}
 	}
-	return values != nil
 }
 
 // expand puts what was named in the place of the names.
@@ -1779,10 +1772,11 @@ func (c *client) expand(s string) string {
 	return os.Expand(s, func(name string) string { return cmp.Or(c.names[name], "$"+name) })
 }
 
-// expect expects an answer with this status and, if it is an error, reason.
+// expect sends a request too, and wants "201", or "404 you have no such idea".
 func (c *client) expect(want, request, body string, headers ...string) {
 	c.t.Helper()
-	if got := c.send(request, body, headers...).String(); got != want {
+	a := c.send(request, body, headers...)
+	if got := strings.TrimSpace(fmt.Sprint(a.StatusCode, " ", a.reason)); got != want {
 		c.t.Errorf("%s %q\n%.100s\nwant %s\n got %s", request, headers, body, want, got)
 	}
 }
