@@ -731,6 +731,7 @@ func TestTokenHeaders(t *testing.T) {
 		{"X-Access-Token: [object Object]", 401},
 		{"X-Access-Token: $jwt\n> X-Access-Token: $jwt", 401},
 		{"X-Access-Token: null\n> Authorization: Bearer $jwt", 401},
+		{"X-Access-Token: null\n> X-Access-Token: null\n> Authorization: Bearer $jwt", 401},
 		{"Authorization: $jwt", 401},
 		{"Authorization: Basic $jwt", 401},
 		{"Authorization: Bearer $jwt\n> Authorization: Bearer $jwt", 401},
@@ -1674,6 +1675,7 @@ type client struct {
 	names   map[string]string // what was named in transcripts
 }
 
+// newClient makes one whose network is in memory, with the handler behind it.
 func newClient(t testing.TB, h http.Handler) *client {
 	listener, server := make(pipes), &http.Server{Handler: h}
 	go server.Serve(listener)
