@@ -75,7 +75,7 @@ func (s *server) logIn(w http.ResponseWriter, r *http.Request) error {
 // them apart.
 func (s *server) authenticate(r *http.Request, email, password string) (user, error) {
 	guesser := guesserOf(r, email)
-	if err := s.guesses.check(guesser); err != nil {
+	if err := s.guesses.mustWait(guesser); err != nil {
 		return user{}, err
 	}
 	u, known := s.store.userByEmail(email)
@@ -83,12 +83,11 @@ func (s *server) authenticate(r *http.Request, email, password string) (user, er
 		u.Password = noPassword
 	}
 	return u, s.hashing.do(r.Context(), func() error {
-		// Those before in the line may have failed. This one counts as a
-		// failure until it is none, so that none slips through beside it.
-		if err := s.guesses.take(guesser); err != nil {
-			return err
+		if err := s.guesses.mustWait(guesser); err != nil {
+			return err // those before in the line have failed
 		}
 		if !isPassword(password, u.Password) {
+			s.guesses.failed(guesser)
 			return errWrongLogIn
 		}
 		s.guesses.succeeded(guesser)
@@ -302,15 +301,17 @@ func (e throttledError) Error() string {
 	return fmt.Sprintf("too many failed log-ins; try again in %d seconds", int(e))
 }
 
-// check returns a throttledError if the guesser must wait.
-func (g *guesses) check(who guesser) error {
+// mustWait returns a throttledError while the guesser must wait.
+func (g *guesses) mustWait(who guesser) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.made[who].check()
+	if wait := time.Until(g.made[who].until); wait > 0 {
+		return throttledError(math.Ceil(wait.Seconds()))
+	}
+	return nil
 }
 
-// take does the same, and else counts a failure.
-func (g *guesses) take(who guesser) error {
+func (g *guesses) failed(who guesser) {
 	const (
 		forgetAfter = time.Hour
 		limit       = 50_000 // 20 MB; then all are forgotten
@@ -318,9 +319,6 @@ func (g *guesses) take(who guesser) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	f, known := g.made[who]
-	if err := f.check(); err != nil {
-		return err
-	}
 	if !known && len(g.made) >= limit {
 		clear(g.made)
 	}
@@ -330,14 +328,6 @@ func (g *guesses) take(who guesser) error {
 	f.count++
 	f.until = time.Now().Add(waitAfter(f.count))
 	g.made[who] = f
-	return nil
-}
-
-func (f failures) check() error {
-	if wait := time.Until(f.until); wait > 0 {
-		return throttledError(math.Ceil(wait.Seconds()))
-	}
-	return nil
 }
 
 // waitAfter is 30 seconds after ten failures, and doubles up to 15 minutes.
