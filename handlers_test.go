@@ -808,6 +808,9 @@ func TestBodies(t *testing.T) {
 		{"application/json", `{"content":"a","\u0063ontent":"b","impact":1,"ease":2,"confidence":3}`, twice},
 		{"application/json", `{"x":1,"x":2,"content":"a","impact":1,"ease":2,"confidence":3}`, twice},
 		{urlCoded, form + "&impact=1", twice},
+		{"application/json", `{"content":"\":: } { ] [ \\","impact":1,"ease":2,"confidence":3}`, "201"},
+		{"application/json", `{"content":"} [ \"","content":"b","impact":1,"ease":2,"confidence":3}`, twice},
+		{"application/json", `{"x":{"x":[{"x":1}]},"y":[{},{"x":2}],"content":"a","impact":1,"ease":2,"confidence":3}`, "201"},
 
 		// Names are compared exactly.
 		{"application/json", `{"Content":"a","impact":1,"ease":2,"confidence":3}`, "422 content must be given"},
