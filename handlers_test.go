@@ -314,7 +314,11 @@ func TestAccessTokens(t *testing.T) {
 		< 200
 		{"jwt":"$jwt_6"}
 
-		# Some clients give it in the query.
+		# Some clients give it in the query, once.
+		> DELETE /access-tokens?refresh_token=$refresh_2&refresh_token=x
+		> X-Access-Token: $jwt_6
+		< 400
+		{"reason":"something is given twice"}
 		> DELETE /access-tokens?refresh_token=$refresh_2
 		> X-Access-Token: $jwt_6
 		< 204

@@ -798,15 +798,14 @@ func (d disk) replace(path string, content func(io.Writer) error) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close()
 	err = d.do("write", temp, func() error {
 		buffer := bufio.NewWriterSize(f, 1<<16)
 		return errors.Join(content(buffer), buffer.Flush())
 	})
 	if err == nil {
-		err = d.do("sync", temp, func() error { return errors.Join(f.Sync(), f.Close()) })
+		err = d.do("sync", temp, f.Sync)
 	}
-	if err == nil {
+	if err = errors.Join(err, f.Close()); err == nil { // closed: Windows renames no open file
 		err = d.do("rename", path, func() error { return os.Rename(temp, path) })
 	}
 	if err != nil {
