@@ -83,7 +83,7 @@ func (s *server) authenticate(r *http.Request, email, password string) (user, er
 		u.Password = noPassword
 	}
 	return u, s.hashing.do(r.Context(), func() error {
-		if err := s.guesses.mustWait(guesser); err != nil {
+		if err := s.guesses.begin(guesser); err != nil {
 			return err // those before in the line have failed
 		}
 		if !isPassword(password, u.Password) {
@@ -184,7 +184,7 @@ func (s *server) jwks(w http.ResponseWriter, _ *http.Request) error {
 }
 
 // The cost of a hash is what OWASP's Password Storage Cheat Sheet asks for:
-// 19 MiB, and 26 ms. It stands in each hash, so that it can be raised here.
+// 19 MiB, and some 20 ms. It stands in each hash, so that it can be raised here.
 const (
 	argonMemory  = 19_456 // KiB
 	argonPasses  = 2
@@ -264,8 +264,9 @@ func (g gate) do(ctx context.Context, work func() error) error {
 	}
 }
 
-// guesses throttles failed log-ins: after ten, a guesser must wait, and each
-// further failure doubles the wait. Others log in as usual.
+// guesses throttles failed log-ins: after ten, a guesser must wait, and has one
+// attempt at a time; each further failure doubles the wait. Others log in as
+// usual.
 type guesses struct {
 	mu   sync.Mutex
 	made map[guesser]failures
@@ -305,37 +306,66 @@ func (e throttledError) Error() string {
 func (g *guesses) mustWait(who guesser) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if wait := time.Until(g.made[who].until); wait > 0 {
-		return throttledError(math.Ceil(wait.Seconds()))
+	return g.made[who].mustWait()
+}
+
+// begin does the same before an attempt. One that was waited for counts as a
+// failure until it succeeds, so that none slips through beside it.
+func (g *guesses) begin(who guesser) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	f := g.recent(who)
+	if err := f.mustWait(); err != nil {
+		return err
+	}
+	if f.count >= freeGuesses {
+		g.add(who, f)
 	}
 	return nil
 }
 
+// failed counts an attempt, unless begin did.
 func (g *guesses) failed(who guesser) {
-	const (
-		forgetAfter = time.Hour
-		limit       = 50_000 // 20 MB; then all are forgotten
-	)
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	f, known := g.made[who]
-	if !known && len(g.made) >= limit {
-		clear(g.made)
+	if f := g.recent(who); f.count < freeGuesses {
+		g.add(who, f)
 	}
-	if time.Since(f.until) > forgetAfter {
-		f.count = 0
+}
+
+func (g *guesses) recent(who guesser) failures {
+	f := g.made[who]
+	if time.Since(f.until) > time.Hour {
+		return failures{}
+	}
+	return f
+}
+
+func (g *guesses) add(who guesser, f failures) {
+	const limit = 50_000 // 20 MB; then all are forgotten
+	if _, known := g.made[who]; !known && len(g.made) >= limit {
+		clear(g.made)
 	}
 	f.count++
 	f.until = time.Now().Add(waitAfter(f.count))
 	g.made[who] = f
 }
 
+func (f failures) mustWait() error {
+	if wait := time.Until(f.until); wait > 0 {
+		return throttledError(math.Ceil(wait.Seconds()))
+	}
+	return nil
+}
+
+const freeGuesses = 10
+
 // waitAfter is 30 seconds after ten failures, and doubles up to 15 minutes.
 func waitAfter(failures int) time.Duration {
-	if failures < 10 {
+	if failures < freeGuesses {
 		return 0
 	}
-	return min(30*time.Second<<min(failures-10, 5), 15*time.Minute)
+	return min(30*time.Second<<min(failures-freeGuesses, 5), 15*time.Minute)
 }
 
 func (g *guesses) succeeded(who guesser) {

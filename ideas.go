@@ -142,7 +142,7 @@ func readIdea(r *http.Request) (*idea, error) {
 
 const (
 	maxContent = 255 // characters
-	maxScore   = 10
+	maxScore   = 10  // and score says so
 )
 
 func (in *input) score(name string) int {

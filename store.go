@@ -263,6 +263,8 @@ func (s *store) commitQueue() {
 // loses a race: the loser's change is in the journal, and has no effect.
 func (m *memory) apply(c change) error {
 	switch {
+	case c.User != nil && c.Session == nil:
+		return errContradiction
 	case c.User != nil:
 		if err := m.addUser(*c.User); err != nil {
 			return err
@@ -598,8 +600,8 @@ func (s *store) recover() error {
 	return nil
 }
 
-// readSnapshot reads FILE, if there is one. It refuses any in which something
-// is not as encode would write it.
+// readSnapshot reads FILE, if there is one. It refuses what it would not write
+// again.
 func (s *store) readSnapshot() error {
 	data, err := os.ReadFile(s.path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -608,9 +610,11 @@ func (s *store) readSnapshot() error {
 		return err
 	}
 	var image snapshot
-	err = json.Unmarshal(data, &image)
-	if err == nil && image.CRC32C == "" {
-		err = checkNames(data)
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields() // of a newer ideapool, or mistyped by hand
+	err = dec.Decode(&image)
+	if _, end := dec.Token(); err == nil && end != io.EOF {
+		err = errors.New("something follows the object")
 	}
 	switch {
 	case image.Format > 1:
@@ -630,13 +634,6 @@ func (s *store) readSnapshot() error {
 func sumOf(data []byte) string {
 	summed := data[:max(0, bytes.LastIndex(data, []byte(sumMember)))]
 	return fmt.Sprintf("%08x", crc32.Checksum(summed, castagnoli()))
-}
-
-// checkNames refuses a snapshot, edited by hand, in which a name is mistyped.
-func checkNames(data []byte) error {
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
-	return dec.Decode(new(snapshot))
 }
 
 // load takes over a snapshot. Anything impossible in it is damage.
@@ -793,11 +790,11 @@ func (d disk) create(path string) (f *os.File, err error) {
 // replace gives a file new content; a crash leaves the old or the new.
 func (d disk) replace(path string, content func(io.Writer) error) error {
 	temp := path + ".tmp"
-	defer os.Remove(temp) // where it was not renamed
 	f, err := d.create(temp)
 	if err != nil {
 		return err
 	}
+	defer os.Remove(temp) // where it was not renamed
 	err = d.do("write", temp, func() error {
 		buffer := bufio.NewWriterSize(f, 1<<16)
 		return errors.Join(content(buffer), buffer.Flush())

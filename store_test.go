@@ -474,12 +474,16 @@ func TestDamageIsRefused(t *testing.T) {
 		snapshot("null", "null", "is not a file of ideapool"),
 		snapshot("foreign", `{"foo":1}`, "is damaged"),
 		snapshot("a newer format", `{"format":2,"new":{}}`, "has format 2"),
-		snapshot("something behind it", file+"{}", "is damaged: invalid character"),
+		snapshot("something behind it", file+"{}", "is damaged: something follows"),
 		snapshot("an edit with the old crc32c", strings.Replace(file, "tea", "pea", 1), "is damaged: the checksum"),
 		snapshot("a wrong crc32c", strings.Replace(file, `"crc32c":"`, `"crc32c":"0`, 1), "is damaged: the checksum"),
 
 		edit("an idea without its user", `"owner":"user00001"`, `"owner":"user00009"`, idea1),
 		edit("no idea", `"ideas":[`, `"ideas":[null,`, snapshotName+": an idea cannot be right"),
+		{"a field of a newer ideapool", func(f files) {
+			text := strings.Replace(file, `"content":"tea"`, `"content":"tea","joy":7`, 1)
+			f[snapshotName] = regexp.MustCompile(`\w{8}("}\s*)$`).ReplaceAllString(text, sumOf([]byte(text))+"$1")
+		}, snapshotName + ": is damaged: json: unknown field"},
 		edit("a mistyped name", `"owner"`, `"ownr"`, snapshotName+": is damaged: json: unknown field"),
 		edit("score 12", `"tea","impact":5`, `"tea","impact":12`, idea1),
 		edit("score 0", `"tea","impact":5`, `"tea","impact":0`, idea1),
@@ -509,6 +513,7 @@ func TestDamageIsRefused(t *testing.T) {
 	// Lines with the right checksum that contradict what is before:
 	id := regexp.MustCompile(`"store":"(\w+)"`).FindStringSubmatch(file)[1]
 	for name, c := range map[string]change{
+		"a user without a session":   {User: &user{ID: "user00009", Email: "c@example.org"}},
 		"an idea without its user":   person("user00009").creates("idea00009", "tea", 5),
 		"score 12":                   person("user00001").creates("idea00009", "tea", 12),
 		"an idea twice":              person("user00001").creates("idea00001", "tea", 5),
