@@ -1060,6 +1060,12 @@ func TestGuessing(t *testing.T) {
 		}
 		logIn(throttled(30), "[2001:db8::ffff]:1", "jack@test.com", right)
 		logIn("201", "[2001:db8:0:1::1]:1", "jack@test.com", right)
+
+		// After an hour all is forgotten.
+		time.Sleep(time.Hour + time.Second)
+		for range 10 {
+			logIn(refused, "192.0.2.1:1", "nobody@test.com", wrong)
+		}
 	})
 }
 
