@@ -191,20 +191,14 @@ func readKey(path string) (*rsa.PrivateKey, error) {
 	if block == nil {
 		return nil, errors.New("is not PEM")
 	}
-	var key any
-	switch {
-	case block.Type == "PRIVATE KEY":
-		key, err = x509.ParsePKCS8PrivateKey(block.Bytes)
-	case block.Type == "RSA PRIVATE KEY" && block.Headers["DEK-Info"] == "":
-		key, err = x509.ParsePKCS1PrivateKey(block.Bytes)
-	}
+	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {
-		return nil, err
+		key, err = x509.ParsePKCS1PrivateKey(block.Bytes)
 	}
 	private, ok := key.(*rsa.PrivateKey)
 	switch {
-	case !ok:
-		return nil, errors.New("is not an RSA private key without a passphrase")
+	case err != nil || !ok:
+		return nil, errors.New("is not a valid RSA private key without a passphrase")
 	case private.N.BitLen() < minKeyBits:
 		return nil, fmt.Errorf("has %d bits, and %d are the least", private.N.BitLen(), minKeyBits)
 	}

@@ -506,7 +506,7 @@ func TestReadKey(t *testing.T) {
 	damaged := bytes.Clone(pkcs1)
 	damaged[100] ^= 1 // in the modulus
 
-	const notRSA = "is not an RSA private key without a passphrase"
+	const notRSA = "is not a valid RSA private key without a passphrase"
 	const weak = "bits, and 2048 are the least"
 	for _, test := range []struct {
 		name string
@@ -532,9 +532,9 @@ func TestReadKey(t *testing.T) {
 		{"garbage", []byte("correct horse battery staple\n"), "is not PEM"},
 		{"an empty file", nil, "is not PEM"},
 		{"half a file", pkcs8(key)[:800], "is not PEM"},
-		{"garbage in PEM", pemText("PRIVATE KEY", []byte("correct horse")), "asn1"},
-		{"garbage in PEM, PKCS #1", pemText("RSA PRIVATE KEY", []byte("correct horse")), "asn1"},
-		{"a modulus that is not p times q", pemText("RSA PRIVATE KEY", damaged), "rsa"},
+		{"garbage in PEM", pemText("PRIVATE KEY", []byte("correct horse")), notRSA},
+		{"garbage in PEM, PKCS #1", pemText("RSA PRIVATE KEY", []byte("correct horse")), notRSA},
+		{"a modulus that is not p times q", pemText("RSA PRIVATE KEY", damaged), notRSA},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "key.pem")
