@@ -160,9 +160,9 @@ func (s *server) caller(r *http.Request) (user, error) {
 // (RFC 6750 §2.1), there after the word Bearer, in any case (RFC 9110 §11.1).
 // A header that comes twice holds none.
 func accessToken(h http.Header) string {
-	values, optional := h["X-Access-Token"], true
+	values, needsScheme := h["X-Access-Token"], false
 	if values == nil {
-		values, optional = h["Authorization"], false
+		values, needsScheme = h["Authorization"], true
 	}
 	if len(values) != 1 {
 		return ""
@@ -171,7 +171,7 @@ func accessToken(h http.Header) string {
 	switch {
 	case strings.EqualFold(scheme, "Bearer"):
 		return strings.TrimLeft(token, " ")
-	case optional:
+	case !needsScheme:
 		return values[0]
 	}
 	return ""

@@ -142,11 +142,11 @@ func readIdea(r *http.Request) (*idea, error) {
 
 const (
 	maxContent = 255 // characters
-	maxScore   = 10  // and score says so
+	maxScore   = 10
 )
 
 func (in *input) score(name string) int {
-	return in.integer(name, maxScore, "must be an integer from 1 to 10")
+	return in.integer(name, maxScore, fmt.Sprintf("must be an integer from 1 to %d", maxScore))
 }
 
 // seal makes all that follows from the rest: the average, and the JSON, which
