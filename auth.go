@@ -24,7 +24,7 @@ import (
 // token is known to the client alone.
 type session struct {
 	Key     string `json:"key"` // SHA-256 of the refresh token, in hex
-	UserID  string `json:"user"`
+	UserID  serial `json:"user"`
 	Start   int64  `json:"start,omitempty"`   // seconds since 1970
 	Expires int64  `json:"expires,omitempty"` // seconds since 1970
 }
@@ -395,7 +395,7 @@ func (m *memory) addSession(s session) error {
 }
 
 // removeSession applies a log-out. There may be nothing to end.
-func (m *memory) removeSession(userID, key string) {
+func (m *memory) removeSession(userID serial, key string) {
 	if m.sessions[key].UserID == userID {
 		delete(m.sessions, key)
 		m.logIns[userID] = slices.DeleteFunc(m.logIns[userID], func(k string) bool { return k == key })

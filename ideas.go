@@ -17,7 +17,7 @@ import (
 // An idea is what a client gets, and what the store keeps. Once stored it is
 // never changed, only replaced, so a reader may use it without a lock.
 type idea struct {
-	ID         string  `json:"id"`
+	ID         serial  `json:"id"`
 	Content    string  `json:"content"`
 	Impact     int     `json:"impact"`
 	Ease       int     `json:"ease"`
@@ -25,7 +25,7 @@ type idea struct {
 	Average    average `json:"average_score"`
 	Created    int64   `json:"created_at"` // seconds since 1970
 
-	Owner string `json:"owner,omitempty"` // a user's id; in the files only
+	Owner serial `json:"owner,omitempty"` // in the files only
 	json  []byte // what the client gets, see seal
 }
 
@@ -63,7 +63,7 @@ func (s *server) createIdea(w http.ResponseWriter, r *http.Request, u user) erro
 
 // deleteIdea answers DELETE /ideas/{id}.
 func (s *server) deleteIdea(w http.ResponseWriter, r *http.Request, u user) error {
-	if err := s.store.deleteIdea(u.ID, r.PathValue("id")); err != nil {
+	if err := s.store.deleteIdea(u.ID, parseSerial(r.PathValue("id"))); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -93,7 +93,7 @@ func jsonList(elements [][]byte) []byte {
 
 // links names the pages beside this one (RFC 8288).
 func links(page, total int) string {
-	last := max(1, (total+pageSize-1)/pageSize)
+	last := max(1, pagesFor(total))
 	link := func(page int, relation string) string {
 		return "</ideas?page=" + strconv.Itoa(page) + `>; rel="` + relation + `"`
 	}
@@ -113,7 +113,7 @@ func (s *server) updateIdea(w http.ResponseWriter, r *http.Request, u user) erro
 	if err != nil {
 		return err
 	}
-	old, err := s.store.idea(u.ID, r.PathValue("id"))
+	old, err := s.store.idea(u.ID, parseSerial(r.PathValue("id")))
 	if err != nil {
 		return err
 	}
@@ -142,6 +142,7 @@ func readIdea(r *http.Request) (*idea, error) {
 
 const (
 	maxContent = 255 // characters
+	scores     = 3   // of an idea, each from 1 to maxScore
 	maxScore   = 10
 )
 
@@ -152,9 +153,9 @@ func (in *input) score(name string) int {
 // seal makes all that follows from the rest: the average, and the JSON, which
 // is then served as often as it is asked for.
 func (i *idea) seal() (err error) {
-	i.Average = average(i.sum()) / 3
+	i.Average = average(i.sum()) / scores
 	sealed := *i
-	sealed.Owner = ""
+	sealed.Owner = 0
 	i.json, err = json.Marshal(sealed)
 	return err
 }
@@ -162,20 +163,56 @@ func (i *idea) seal() (err error) {
 // record is the idea in JSON with its owner, as json.Marshal would make it
 // again.
 func (i *idea) record() []byte {
-	return fmt.Appendf(nil, `%s,"owner":%q}`, i.json[:len(i.json)-1], i.Owner)
+	return slices.Concat(i.json[:len(i.json)-1], []byte(`,"owner":"`+i.Owner.String()+`"}`))
 }
 
 func (i *idea) sum() int { return i.Impact + i.Ease + i.Confidence }
 
-// byRank orders a pool from the last of the list to the first: the lowest
-// average, and of equals the oldest. So a new idea, which is listed on top of
-// its equals, comes in near the end, where there is little to move.
-func byRank(a, b *idea) int {
-	if c := cmp.Compare(a.sum(), b.sum()); c != 0 {
-		return c
-	}
-	return strings.Compare(a.ID, b.ID)
+// A pool is the ideas of one user, by the sum of their scores, and of equals
+// the oldest first. So it needs no sorting, and a new idea comes in at an end.
+type pool [scores*maxScore + 1][]*idea
+
+func (p *pool) add(i *idea) {
+	equals, at := p.find(i)
+	*equals = slices.Insert(*equals, at, i)
 }
+
+func (p *pool) remove(i *idea) {
+	equals, at := p.find(i)
+	*equals = slices.Delete(*equals, at, at+1)
+}
+
+// find returns where i is, or would be.
+func (p *pool) find(i *idea) (equals *[]*idea, at int) {
+	equals = &p[i.sum()]
+	byID := func(i *idea, id serial) int { return cmp.Compare(i.ID, id) }
+	at, _ = slices.BinarySearchFunc(*equals, i.ID, byID)
+	return equals, at
+}
+
+// page returns a page of the list in JSON, and the number of all ideas. The
+// list begins with the highest average, and of equals with the newest.
+func (p *pool) page(number int) (ideas [][]byte, total int) {
+	for _, equals := range p {
+		total += len(equals)
+	}
+	if number > pagesFor(total) {
+		return nil, total
+	}
+	ideas = make([][]byte, 0, pageSize)
+	before := (number - 1) * pageSize
+	for _, equals := range slices.Backward(p[:]) {
+		end := max(0, len(equals)-before)
+		before -= len(equals) - end
+		start := max(0, end-(pageSize-len(ideas)))
+		for _, i := range slices.Backward(equals[start:end]) {
+			ideas = append(ideas, i.json)
+		}
+	}
+	return ideas, total
+}
+
+func pagesFor(ideas int) int { return (ideas + pageSize - 1) / pageSize }
 
 // addIdea applies a creation.
 func (m *memory) addIdea(i *idea) error {
@@ -187,11 +224,12 @@ func (m *memory) addIdea(i *idea) error {
 	if err := i.complete(); err != nil {
 		return err
 	}
-	pool := m.pools[i.Owner]
-	at, _ := slices.BinarySearchFunc(pool, i, byRank)
-	m.pools[i.Owner] = slices.Insert(pool, at, i)
+	if m.pools[i.Owner] == nil {
+		m.pools[i.Owner] = new(pool)
+	}
+	m.pools[i.Owner].add(i)
 	m.ideas[i.ID] = i
-	m.sawID(i.ID)
+	m.lastID = max(m.lastID, i.ID)
 	return nil
 }
 
@@ -205,14 +243,13 @@ func (i *idea) complete() error {
 			return errContradiction
 		}
 	}
-	if !isID(i.ID) || i.Content == "" {
+	if i.ID == 0 || i.Content == "" {
 		return errContradiction
 	}
 	return i.seal()
 }
 
-// replaceIdea applies an update. In the pool only what is between its old rank
-// and the new one moves.
+// replaceIdea applies an update.
 func (m *memory) replaceIdea(i *idea) error {
 	if err := i.complete(); err != nil {
 		return err
@@ -221,35 +258,25 @@ func (m *memory) replaceIdea(i *idea) error {
 	if err != nil {
 		return err
 	}
-	pool := m.pools[i.Owner]
-	from, _ := slices.BinarySearchFunc(pool, old, byRank)
-	to, _ := slices.BinarySearchFunc(pool, i, byRank)
-	if to > from {
-		to--
-		copy(pool[from:to], pool[from+1:])
-	} else {
-		copy(pool[to+1:from+1], pool[to:from])
-	}
-	pool[to] = i
+	m.pools[i.Owner].remove(old)
+	m.pools[i.Owner].add(i)
 	m.ideas[i.ID] = i
 	return nil
 }
 
 // removeIdea applies a deletion.
-func (m *memory) removeIdea(owner, id string) error {
+func (m *memory) removeIdea(owner, id serial) error {
 	i, err := m.findIdea(owner, id)
 	if err != nil {
 		return err
 	}
+	m.pools[owner].remove(i)
 	delete(m.ideas, id)
-	pool := m.pools[owner]
-	at, _ := slices.BinarySearchFunc(pool, i, byRank)
-	m.pools[owner] = slices.Delete(pool, at, at+1)
 	return nil
 }
 
 // findIdea does not reveal that an idea is somebody else's.
-func (m *memory) findIdea(owner, id string) (*idea, error) {
+func (m *memory) findIdea(owner, id serial) (*idea, error) {
 	if i := m.ideas[id]; i != nil && i.Owner == owner {
 		return i, nil
 	}

@@ -45,7 +45,7 @@ type tokens struct {
 // claims are what a token says, in the order of the API document.
 type claims struct {
 	Expires int64  `json:"exp"` // seconds since 1970
-	UserID  string `json:"id"`
+	UserID  serial `json:"id"`
 	Email   string `json:"email"`
 	Name    string `json:"name"`
 }
@@ -53,7 +53,7 @@ type claims struct {
 // A grant is what a token is worth. It identifies the token: those of one user
 // that expire in the same second are the same to the byte.
 type grant struct {
-	userID  string
+	userID  serial
 	expires int64 // seconds since 1970
 }
 

@@ -35,7 +35,7 @@ func TestToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		time.Sleep(999 * time.Millisecond) // exp is in whole seconds
 		keys := newTokens(rfcKey(), 10*time.Minute)
-		token, err := keys.sign(claims{UserID: "7ovnkm2y3", Email: "jack-black@codementor.io", Name: "Zoë & Jack"})
+		token, err := keys.sign(claims{UserID: jackID, Email: "jack-black@codementor.io", Name: "Zoë & Jack"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -54,7 +54,7 @@ func TestToken(t *testing.T) {
 			t.Errorf("openssl dgst -sha256 -sign makes another token:\n got %s\nwant %s", token, want)
 		}
 		for range 2 { // the second time from memory
-			if g, err := keys.verify(token); g != (grant{"7ovnkm2y3", 946685400}) || err != nil {
+			if g, err := keys.verify(token); g != (grant{jackID, 946685400}) || err != nil {
 				t.Errorf("verify gave %v, %v", g, err)
 			}
 		}
@@ -76,6 +76,8 @@ func TestRFC7515(t *testing.T) {
 		t.Errorf("verify: %v", err)
 	}
 }
+
+var jackID = parseSerial("7ovnkm2y3")
 
 // The good token, from which all the forged ones are made. It ends with the
 // year 2099, and is the same in every process, as fuzzing needs. Its claims
@@ -193,9 +195,11 @@ func forgeries() []forgery {
 		{"claims in a needless escape", edited(`Z`, `\u005a`)},
 		{"claims in invalid UTF-8", edited(`ë`, "\xff")},
 		{"claims with half a surrogate pair", edited(`ë`, `\ud800`)},
-		{"id twice", edited(`"id":`, `"id":"admin","id":`)},
+		{"id twice", edited(`"id":`, `"id":"7ovnkm2y4","id":`)},
 		{"id in upper case", edited(`"id"`, `"ID"`)},
 		{"id a number", edited(`"7ovnkm2y3"`, `7`)},
+		{"id in capitals", edited(`"7ovnkm2y3"`, `"7OVNKM2Y3"`)},
+		{"id too short", edited(`"7ovnkm2y3"`, `"0"`)},
 		{"exp missing", edited(`"exp":4102444800,`, ``)},
 		{"exp twice", edited(`"exp":`, `"exp":1,"exp":`)},
 		{"exp in upper case", edited(`"exp"`, `"EXP"`)},
@@ -316,7 +320,7 @@ func TestExpiry(t *testing.T) {
 
 		// A token is made at 0.3 s, and so it ends 0.3 s early.
 		time.Sleep(300 * time.Millisecond)
-		token := must(keys.sign(claims{UserID: "7ovnkm2y3"}))
+		token := must(keys.sign(claims{UserID: jackID}))
 		check := func(when string, want error) {
 			for name, keys := range map[string]*tokens{
 				"remembered": keys,
@@ -340,7 +344,7 @@ func TestExpiry(t *testing.T) {
 func TestRevoke(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys := newTokens(rfcKey(), 10*time.Minute)
-		jack, jill := claims{UserID: "jack"}, claims{UserID: "jill"}
+		jack, jill := claims{UserID: jackID}, claims{UserID: jackID + 1}
 		older, others := must(keys.sign(jack)), must(keys.sign(jill))
 		time.Sleep(time.Second)
 		token := must(keys.sign(jack))
@@ -399,7 +403,7 @@ func TestRevoke(t *testing.T) {
 func TestRevokeThenSignAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys := newTokens(rfcKey(), 10*time.Minute)
-		jack := claims{UserID: "jack"}
+		jack := claims{UserID: jackID}
 		token := must(keys.sign(jack))
 		for range 3 {
 			keys.revoke(token)
@@ -426,7 +430,7 @@ func TestRememberedTokens(t *testing.T) {
 	keys, good := newTokens(rfcKey(), time.Hour), goodToken()
 	most := 0
 	for i := range 25_000 {
-		keys.remember(strconv.Itoa(i), grant{"7ovnkm2y3", 4102444800})
+		keys.remember(strconv.Itoa(i), grant{jackID, 4102444800})
 		most = max(most, len(keys.verified))
 	}
 	if most != 10_000 {
@@ -454,7 +458,7 @@ func TestTokensConcurrently(t *testing.T) {
 	for worker := range 8 {
 		wg.Go(func() {
 			for i := range 20 {
-				token, err := keys.sign(claims{UserID: strconv.Itoa(100*worker + i)})
+				token, err := keys.sign(claims{UserID: jackID + serial(100*worker+i)})
 				if err != nil {
 					t.Error(err)
 				}
@@ -610,7 +614,7 @@ func FuzzVerify(f *testing.F) {
 	f.Fuzz(func(t *testing.T, token string) {
 		g, err := keys.verify(token)
 		switch {
-		case token == good && (err != nil || g != grant{"7ovnkm2y3", 4102444800}):
+		case token == good && (err != nil || g != grant{jackID, 4102444800}):
 			t.Errorf("the good token: got %v, %v", g, err)
 		case token != good && (err != errToken || g != grant{}):
 			t.Errorf("a forged token: got %v, %v", g, err)
@@ -641,7 +645,7 @@ func BenchmarkVerify(b *testing.B) {
 func BenchmarkSign(b *testing.B) {
 	keys := newTokens(rfcKey(), time.Hour)
 	for b.Loop() {
-		if _, err := keys.sign(claims{0, "7ovnkm2y3", "jack-black@codementor.io", "Jack Black"}); err != nil {
+		if _, err := keys.sign(claims{0, jackID, "jack-black@codementor.io", "Jack Black"}); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -70,13 +70,13 @@ type store struct {
 
 // memory is all that is kept, by what it is looked up by.
 type memory struct {
-	users    map[string]user     // by id
-	emails   map[string]string   // user id by e-mail in lower case
+	users    map[serial]user     // by id
+	emails   map[string]serial   // user id by e-mail in lower case
 	sessions map[string]session  // by key
-	logIns   map[string][]string // session keys by user id, oldest first
-	ideas    map[string]*idea    // by id
-	pools    map[string][]*idea  // by user id, by rank
-	lastID   uint64
+	logIns   map[serial][]string // session keys by user id, oldest first
+	ideas    map[serial]*idea    // by id
+	pools    map[serial]*pool    // by user id; of those who have had ideas
+	lastID   serial
 }
 
 // A change is one thing that happened, as the journal has it: with its
@@ -97,7 +97,7 @@ var (
 
 // What the handlers ask for:
 
-func (s *store) user(id string) (user, bool) {
+func (s *store) user(id serial) (user, bool) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	u, ok := s.users[id]
@@ -119,26 +119,20 @@ func (s *store) session(key string) (session, user, bool) {
 	return session, s.users[session.UserID], ok
 }
 
-func (s *store) idea(owner, id string) (*idea, error) {
+func (s *store) idea(owner, id serial) (*idea, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.findIdea(owner, id)
 }
 
 // pageOfIdeas returns the ideas in JSON, in list order, and the number of all.
-func (s *store) pageOfIdeas(owner string, page int) (ideas [][]byte, total int) {
+func (s *store) pageOfIdeas(owner serial, page int) (ideas [][]byte, total int) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	pool := s.pools[owner]
-	if page > (len(pool)+pageSize-1)/pageSize {
-		return nil, len(pool)
+	if pool := s.pools[owner]; pool != nil {
+		return pool.page(page)
 	}
-	ideas = make([][]byte, 0, pageSize)
-	end := len(pool) - (page-1)*pageSize
-	for _, i := range slices.Backward(pool[max(0, end-pageSize):end]) {
-		ideas = append(ideas, i.json)
-	}
-	return ideas, len(pool)
+	return nil, 0
 }
 
 // signUp returns errEmailTaken to all but one of those who come with the same
@@ -152,7 +146,7 @@ func (s *store) logIn(begun session) error {
 }
 
 // logOut ends the session if it is the user's.
-func (s *store) logOut(userID, key string) error {
+func (s *store) logOut(userID serial, key string) error {
 	if ended, _, ok := s.session(key); !ok || ended.UserID != userID {
 		return nil
 	}
@@ -169,7 +163,7 @@ func (s *store) updateIdea(i *idea) error {
 }
 
 // deleteIdea returns errNoIdea if there is none, or not of this owner.
-func (s *store) deleteIdea(owner, id string) error {
+func (s *store) deleteIdea(owner, id serial) error {
 	i, err := s.idea(owner, id)
 	if err != nil {
 		return err
@@ -186,24 +180,37 @@ func (s *store) check() error {
 	return nil
 }
 
-// newID returns nine characters that rise with time and never come twice:
-// tenths of milliseconds since 1970, in base 36.
-func (s *store) newID() string {
+// newID returns an id that is higher than all before it.
+func (s *store) newID() serial {
 	const shortest = 36 * 36 * 36 * 36 * 36 * 36 * 36 * 36 // of nine characters; in 1978
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lastID = max(s.lastID+1, uint64(time.Now().UnixMicro()/100), shortest)
-	return strconv.FormatUint(s.lastID, 36)
+	s.lastID = max(s.lastID+1, serial(time.Now().UnixMicro()/100), shortest)
+	return s.lastID
 }
 
-func isID(s string) bool {
-	_, err := strconv.ParseUint(s, 36, 64)
-	return err == nil && len(s) == 9 && s == strings.ToLower(s)
+// A serial is the id of a user or an idea: tenths of milliseconds since 1970,
+// written as nine characters in base 36.
+type serial uint64
+
+func (id serial) String() string { return strconv.FormatUint(uint64(id), 36) }
+
+// parseSerial returns 0, the id of nothing, for what String would not write.
+func parseSerial(text string) serial {
+	n, _ := strconv.ParseUint(text, 36, 64)
+	if id := serial(n); len(text) == 9 && id.String() == text {
+		return id
+	}
+	return 0
 }
 
-func (m *memory) sawID(id string) {
-	n, _ := strconv.ParseUint(id, 36, 64)
-	m.lastID = max(m.lastID, n)
+func (id serial) MarshalText() ([]byte, error) { return []byte(id.String()), nil }
+
+func (id *serial) UnmarshalText(text []byte) error {
+	if *id = parseSerial(string(text)); *id == 0 {
+		return fmt.Errorf("the id %q %w", text, errContradiction)
+	}
+	return nil
 }
 
 // How a change is made:
@@ -444,14 +451,16 @@ func (s *store) nextJournal() (*snapshot, error) {
 func (s *store) image() *snapshot {
 	image := &snapshot{Format: 1, Store: s.id, Journal: s.number, Users: slices.Collect(maps.Values(s.users))}
 	s.mu.RLock()
-	image.LastID = s.lastID
+	image.LastID = uint64(s.lastID)
 	s.mu.RUnlock()
 	for _, keys := range s.logIns {
 		for _, key := range keys {
 			image.Sessions = append(image.Sessions, s.sessions[key])
 		}
 	}
-	image.Ideas = slices.Concat(slices.Collect(maps.Values(s.pools))...)
+	for _, pool := range s.pools {
+		image.Ideas = append(image.Ideas, slices.Concat(pool[:]...)...)
+	}
 	return image
 }
 
@@ -532,12 +541,12 @@ func encodeList[T any](w io.Writer, name string, list []T, encode func(any) ([]b
 // no FILE, the store is empty.
 func openStore(path string, log *slog.Logger) (*store, error) {
 	s := &store{log: log, id: rand.Text(), memory: memory{
-		users:    make(map[string]user),
-		emails:   make(map[string]string),
+		users:    make(map[serial]user),
+		emails:   make(map[string]serial),
 		sessions: make(map[string]session),
-		logIns:   make(map[string][]string),
-		ideas:    make(map[string]*idea),
-		pools:    make(map[string][]*idea),
+		logIns:   make(map[serial][]string),
+		ideas:    make(map[serial]*idea),
+		pools:    make(map[serial]*pool),
 	}}
 	if path == "" {
 		return s, nil
@@ -648,8 +657,8 @@ func (m *memory) load(image *snapshot) error {
 			return fmt.Errorf("session %q: %w", session.Key, err)
 		}
 	}
-	m.lastID = max(m.lastID, image.LastID)
-	m.ideas = make(map[string]*idea, len(image.Ideas))
+	m.lastID = max(m.lastID, serial(image.LastID))
+	m.ideas = make(map[serial]*idea, len(image.Ideas))
 	if slices.Contains(image.Ideas, nil) {
 		return fmt.Errorf("an idea %w", errContradiction)
 	}

@@ -69,14 +69,15 @@ func TestAPlainModelAgrees(t *testing.T) {
 }
 
 func TestIDsRiseAndNeverRepeat(t *testing.T) {
-	isIDs := regexp.MustCompile(`^([0-9a-z]{9}( |$))+$`)
-	check := func(t *testing.T, ids []string) {
-		if !isIDs.MatchString(strings.Join(ids, " ")) || !slices.IsSorted(ids) || len(slices.Compact(slices.Clone(ids))) < len(ids) {
-			t.Errorf("in %d: %.100q", time.Now().Year(), ids)
+	check := func(t *testing.T, ids []serial) {
+		for n, id := range ids {
+			if !isID.MatchString(id.String()) || n > 0 && id <= ids[n-1] {
+				t.Errorf("in %d: %v", time.Now().Year(), ids[max(0, n-1):n+1])
+			}
 		}
 	}
 	a := audit(t, noSync)
-	ids := make([][]string, 8)
+	ids := make([][]serial, 8)
 	atOnce(len(ids), func(n int) {
 		for range 1000 {
 			ids[n] = append(ids[n], a.newID())
@@ -99,7 +100,7 @@ func TestIDsRiseAndNeverRepeat(t *testing.T) {
 			path := scratch(t)
 			left.write(t, path)
 			s := mustOpen(t, path)
-			check(t, []string{last, s.newID(), s.newID(), s.newID()})
+			check(t, []serial{last, s.newID(), s.newID(), s.newID()})
 		})
 	}
 }
@@ -139,14 +140,14 @@ func TestSessionsThatEnd(t *testing.T) {
 		{"none of a hundred", seconds(1, 100), seconds(1, 100)},
 		{"the oldest of more", append(seconds(1, 100), 100, 100), append(seconds(3, 100), 100, 100)},
 	} {
-		p := person(fmt.Sprintf("user0000%d", n))
-		a.must(p.signsUp(string(p) + "@example.org"))
-		a.must(p.logsOut(string(p) + "-0")) // the session of the sign-up
+		p := somebody(n)
+		a.must(p.signsUp(p.String() + "@example.org"))
+		a.must(p.logsOut(p.String() + "-0")) // the session of the sign-up
 		for at, second := range test.logIns {
 			a.must(p.logsIn(fmt.Sprintf("%s-%d", p, at+1), second))
 		}
 		var left []int64
-		for _, key := range a.logIns[string(p)] {
+		for _, key := range a.logIns[serial(p)] {
 			left = append(left, a.store.sessions[key].Start)
 		}
 		if !slices.Equal(left, test.left) {
@@ -292,7 +293,7 @@ func TestManyAtOnceBesideCompactions(t *testing.T) {
 		writers.Go(func() {
 			r := rand.New(rand.NewPCG(uint64(n), 0))
 			mine := &ledgers[n]
-			c := p.signsUp(string(p) + "@example.org")
+			c := p.signsUp(p.String() + "@example.org")
 			for n := 0; n < 1500 || written.Load() < 5; n++ {
 				if got, want := perform(a.store, c), mine.do(c); !errors.Is(got, want) {
 					t.Errorf("%s: %v, want %v", inJSON(c), got, want)
@@ -302,7 +303,7 @@ func TestManyAtOnceBesideCompactions(t *testing.T) {
 		})
 		readers.Go(func() {
 			for page := 1; !done.Load(); page = page%3 + 1 {
-				ideas, total := listed(a.store, string(p), page)
+				ideas, total := listed(a.store, serial(p), page)
 				if len(ideas) != min(pageSize, max(0, total-(page-1)*pageSize)) || !slices.IsSortedFunc(ideas, bestFirst) {
 					t.Errorf("page %d of %d ideas has %d, or out of order", page, total, len(ideas))
 				}
@@ -341,7 +342,7 @@ func TestAnAnswerComesAfterTheSync(t *testing.T) {
 				t.Error(err)
 			}
 			disk.mu.Lock()
-			if !strings.Contains(fmt.Sprint(crashes["a power loss"](disk)), id) {
+			if !strings.Contains(fmt.Sprint(crashes["a power loss"](disk)), id.String()) {
 				t.Errorf("%s was answered, and a power loss would lose it", id)
 			}
 			disk.mu.Unlock()
@@ -361,7 +362,7 @@ func TestNobodySeesWhatIsNotOnDisk(t *testing.T) {
 	})
 	p := person(a.newID())
 	a.must(p.signsUp("a@example.org"))
-	a.must(p.creates("idea00001", "tea", 5))
+	a.must(p.creates(ideaID(1), "tea", 5))
 	slow.Store(true)
 	for _, c := range p.everyChange() {
 		answered := make(chan error)
@@ -493,7 +494,7 @@ func TestDamageIsRefused(t *testing.T) {
 		edit("score 0", `"tea","impact":5`, `"tea","impact":0`, idea1),
 		edit("score 5.5", `"tea","impact":5`, `"tea","impact":5.5`, snapshotName+": is damaged"),
 		edit("no content", `"tea"`, `""`, idea1),
-		edit("no id", `"id":"idea00001"`, `"id":"IDEA00001"`, snapshotName+`: idea "IDEA00001": cannot be right`),
+		edit("no id", `"id":"idea00001"`, `"id":"IDEA00001"`, snapshotName+`: is damaged: the id "IDEA00001" cannot be right`),
 		edit("an idea twice", `"id":"idea00002"`, `"id":"idea00001"`, idea1),
 		edit("a user twice", `"id":"user00002"`, `"id":"user00001"`, user1),
 		edit("an e-mail twice", "b@example.org", "A@EXAMPLE.ORG", errEmailTaken.Error()),
@@ -517,13 +518,13 @@ func TestDamageIsRefused(t *testing.T) {
 	// Lines with the right checksum that contradict what is before:
 	id := regexp.MustCompile(`"store":"(\w+)"`).FindStringSubmatch(file)[1]
 	for name, c := range map[string]change{
-		"a user without a session":   {User: &user{ID: "user00009", Email: "c@example.org"}},
-		"an idea without its user":   person("user00009").creates("idea00009", "tea", 5),
-		"score 12":                   person("user00001").creates("idea00009", "tea", 12),
-		"an idea twice":              person("user00001").creates("idea00001", "tea", 5),
-		"a user twice":               person("user00001").signsUp("new@example.org"),
-		"a session twice":            person("user00001").logsIn("user00001-0", 10),
-		"a session without its user": person("user00009").logsIn("key", 10),
+		"a user without a session":   {User: &user{ID: serial(somebody(9)), Email: "c@example.org"}},
+		"an idea without its user":   somebody(9).creates(ideaID(9), "tea", 5),
+		"score 12":                   somebody(1).creates(ideaID(9), "tea", 12),
+		"an idea twice":              somebody(1).creates(ideaID(1), "tea", 5),
+		"a user twice":               somebody(1).signsUp("new@example.org"),
+		"a session twice":            somebody(1).logsIn("user00001-0", 10),
+		"a session without its user": somebody(9).logsIn("key", 10),
 	} {
 		line, _ := encodeLine((&store{id: id}).firstSum(3), []*pending{{record: []byte(inJSON(c))}})
 		tests = append(tests, damage{"a line with " + name, func(f files) { f[journal3] = string(line) }, journal3 + ":1: cannot be right"})
@@ -845,13 +846,13 @@ func TestAJournalThatFailedIsNotWrittenAgain(t *testing.T) {
 			}
 			p := person(a.newID())
 			a.must(p.signsUp("a@example.org"))
-			a.must(p.creates("idea00001", "tea", 5))
+			a.must(p.creates(ideaID(1), "tea", 5))
 			phase.Store(failing)
-			refused(perform(a.store, p.creates("idea00002", "coffee", 5)))
+			refused(perform(a.store, p.creates(ideaID(2), "coffee", 5)))
 			phase.Store(abandoned)
 			for second := range int64(3) {
 				for range 50 {
-					refused(perform(a.store, p.updates("idea00001", "coffee", 5)))
+					refused(perform(a.store, p.updates(ideaID(1), "coffee", 5)))
 					refused(a.check())
 				}
 				if want := []int64{1, 3, 4}[second]; made.Load() != want {
@@ -866,7 +867,7 @@ func TestAJournalThatFailedIsNotWrittenAgain(t *testing.T) {
 			if err := a.check(); err != nil {
 				t.Errorf("has not healed from a failed %s: %v", failed, err)
 			}
-			a.must(p.updates("idea00001", "cocoa", 5))
+			a.must(p.updates(ideaID(1), "cocoa", 5))
 			a.survivesAKill("healed")
 		})
 	}
@@ -882,7 +883,7 @@ func TestAFullDisk(t *testing.T) {
 	})
 	p := person(a.newID())
 	a.must(p.signsUp("a@example.org"))
-	a.must(p.creates("idea00001", "tea", 5))
+	a.must(p.creates(ideaID(1), "tea", 5))
 	before := readFiles(t, a.path)
 
 	full.Store(true)
@@ -916,7 +917,7 @@ func TestAFullDisk(t *testing.T) {
 	if w := health(); w.Code != http.StatusOK {
 		t.Errorf("there is room, and /healthz: %d", w.Code)
 	}
-	a.must(p.creates("idea00002", "tea", 5))
+	a.must(p.creates(ideaID(2), "tea", 5))
 	a.survivesAKill("at the end")
 }
 
@@ -964,78 +965,84 @@ func BenchmarkStore(b *testing.B) {
 // What people do:
 
 // A person is a user's id, and makes changes.
-type person string
+type person serial
+
+func (p person) String() string { return serial(p).String() }
+
+func somebody(n int) person { return person(parseSerial(fmt.Sprintf("user%05d", n))) }
+
+func ideaID(n int) serial { return parseSerial(fmt.Sprintf("idea%05d", n)) }
 
 func (p person) signsUp(email string) change {
-	u := user{ID: string(p), Email: email, Name: "Any Name", Password: "hash"}
-	return change{User: &u, Session: p.logsIn(string(p)+"-0", 1).Session}
+	u := user{ID: serial(p), Email: email, Name: "Any Name", Password: "hash"}
+	return change{User: &u, Session: p.logsIn(p.String()+"-0", 1).Session}
 }
 
 func (p person) logsIn(key string, second int64) change {
-	return change{Session: &session{Key: key, UserID: string(p), Start: second, Expires: second + 100}}
+	return change{Session: &session{Key: key, UserID: serial(p), Start: second, Expires: second + 100}}
 }
 
 func (p person) logsOut(key string) change {
-	return change{LogOut: &session{Key: key, UserID: string(p)}}
+	return change{LogOut: &session{Key: key, UserID: serial(p)}}
 }
 
-func (p person) creates(id, content string, impact int) change {
-	i := &idea{ID: id, Content: content, Impact: impact, Ease: 5, Confidence: 5, Created: 1_600_000_000, Owner: string(p)}
+func (p person) creates(id serial, content string, impact int) change {
+	i := &idea{ID: id, Content: content, Impact: impact, Ease: 5, Confidence: 5, Created: 1_600_000_000, Owner: serial(p)}
 	if err := i.seal(); err != nil {
 		panic(err)
 	}
 	return change{Create: i}
 }
 
-func (p person) updates(id, content string, impact int) change {
+func (p person) updates(id serial, content string, impact int) change {
 	return change{Update: p.creates(id, content, impact).Create}
 }
 
-func (p person) deletes(id string) change {
-	return change{Delete: &idea{ID: id, Owner: string(p)}}
+func (p person) deletes(id serial) change {
+	return change{Delete: &idea{ID: id, Owner: serial(p)}}
 }
 
 // everyChange is one of each kind, by somebody with idea00001.
 func (p person) everyChange() []change {
 	return []change{
-		p.creates("idea00002", "tea", 5), p.updates("idea00001", "coffee", 6), p.deletes("idea00001"),
-		p.logsIn("key", 10), p.logsOut(string(p) + "-0"), person("user00002").signsUp("b@example.org"),
+		p.creates(ideaID(2), "tea", 5), p.updates(ideaID(1), "coffee", 6), p.deletes(ideaID(1)),
+		p.logsIn("key", 10), p.logsOut(p.String() + "-0"), somebody(2).signsUp("b@example.org"),
 	}
 }
 
 // life is all that people do, in three runs of the server.
 func life() [][]change {
-	ann, bob, carl := person("user00001"), person("user00002"), person("user00003")
+	ann, bob, carl := somebody(1), somebody(2), somebody(3)
 	return [][]change{{
 		ann.signsUp("Ann@example.org"),
-		ann.creates("idea00001", "tea", 5),
+		ann.creates(ideaID(1), "tea", 5),
 		bob.signsUp("bob@example.org"),
-		bob.creates("idea00002", "rain", 6),
+		bob.creates(ideaID(2), "rain", 6),
 		ann.logsIn("ann-1", 50),
-		ann.updates("idea00001", "green tea", 7),
-		ann.creates("idea00003", "biscuits", 5),
-		bob.deletes("idea00002"),
+		ann.updates(ideaID(1), "green tea", 7),
+		ann.creates(ideaID(3), "biscuits", 5),
+		bob.deletes(ideaID(2)),
 		ann.logsOut("user00001-0"),
-		ann.creates("idea00004", "scones", 5),
+		ann.creates(ideaID(4), "scones", 5),
 	}, {
-		bob.creates("idea00005", "sun", 10),
-		ann.deletes("idea00003"),
-		ann.creates("idea00006", "jam", 8),
-		bob.updates("idea00005", "more sun", 10),
+		bob.creates(ideaID(5), "sun", 10),
+		ann.deletes(ideaID(3)),
+		ann.creates(ideaID(6), "jam", 8),
+		bob.updates(ideaID(5), "more sun", 10),
 		bob.logsIn("bob-1", 101), // ends the session of the sign-up
 		ann.logsOut("ann-1"),
 	}, {
-		ann.deletes("idea00001"),
+		ann.deletes(ideaID(1)),
 		carl.signsUp("carl@example.org"),
 		bob.logsOut("bob-1"),
-		bob.deletes("idea00005"),
-		carl.creates("idea00007", "a boat", 10),
+		bob.deletes(ideaID(5)),
+		carl.creates(ideaID(7), "a boat", 10),
 	}}
 }
 
 // randomChange may also be one that must be refused: of an idea that is
 // somebody else's or gone, or with an e-mail that is taken.
-func randomChange(r *rand.Rand, l *ledger, newID func() string) change {
+func randomChange(r *rand.Rand, l *ledger, newID func() serial) change {
 	p := person(l.users[r.IntN(len(l.users))].ID)
 	id, old := newID(), session{}
 	if len(l.ideas) > 0 && r.IntN(20) > 0 {
@@ -1156,7 +1163,7 @@ func after(changes []change) string {
 }
 
 func (l *ledger) String() string {
-	sessions, ideas := make(map[string][]session), make(map[string][]*idea)
+	sessions, ideas := make(map[serial][]session), make(map[serial][]*idea)
 	for _, s := range l.sessions {
 		sessions[s.UserID] = append(sessions[s.UserID], s)
 	}
@@ -1173,7 +1180,7 @@ func bestFirst(a, b *idea) int {
 // contents asks the store, at rest, for all that it has.
 func contents(s *store) string {
 	users := slices.Collect(maps.Values(s.users))
-	sessions, ideas := make(map[string][]session), make(map[string][]*idea)
+	sessions, ideas := make(map[serial][]session), make(map[serial][]*idea)
 	found := 0
 	for n, u := range users {
 		users[n], _ = s.userByEmail(strings.ToUpper(u.Email))
@@ -1195,7 +1202,7 @@ func contents(s *store) string {
 	return describe(users, sessions, ideas)
 }
 
-func pages(s *store, owner string) (all []*idea) {
+func pages(s *store, owner serial) (all []*idea) {
 	for page := 1; ; page++ {
 		ideas, total := listed(s, owner, page)
 		if all = append(all, ideas...); page*pageSize >= total {
@@ -1204,7 +1211,7 @@ func pages(s *store, owner string) (all []*idea) {
 	}
 }
 
-func listed(s *store, owner string, page int) (ideas []*idea, total int) {
+func listed(s *store, owner serial, page int) (ideas []*idea, total int) {
 	elements, total := s.pageOfIdeas(owner, page)
 	for _, element := range elements {
 		i := &idea{json: element}
@@ -1216,8 +1223,8 @@ func listed(s *store, owner string, page int) (ideas []*idea, total int) {
 	return ideas, total
 }
 
-func describe(users []user, sessions map[string][]session, ideas map[string][]*idea) string {
-	slices.SortFunc(users, func(a, b user) int { return strings.Compare(a.ID, b.ID) })
+func describe(users []user, sessions map[serial][]session, ideas map[serial][]*idea) string {
+	slices.SortFunc(users, func(a, b user) int { return cmp.Compare(a.ID, b.ID) })
 	var text strings.Builder
 	for _, u := range users {
 		fmt.Fprintln(&text, "user", u.ID, u.Email, u.Name, u.Password)
@@ -1395,17 +1402,17 @@ func chain(t *testing.T) (left files, states []string) {
 		}
 		return noSync(op, path, do)
 	})
-	ann, bob := person("user00001"), person("user00002")
+	ann, bob := somebody(1), somebody(2)
 	a.must(ann.signsUp("a@example.org"))
 	a.must(bob.signsUp("b@example.org"))
-	a.must(ann.creates("idea00001", "tea", 5))
-	a.must(bob.creates("idea00002", "rain", 6))
+	a.must(ann.creates(ideaID(1), "tea", 5))
+	a.must(bob.creates(ideaID(2), "rain", 6))
 	err := a.start()
 	for _, line := range [][]change{
 		{},
-		{ann.creates("idea00003", "scones", 7)},
-		{bob.logsIn("key", 10), ann.deletes("idea00003")},
-		{bob.updates("idea00002", "snow", 8)},
+		{ann.creates(ideaID(3), "scones", 7)},
+		{bob.logsIn("key", 10), ann.deletes(ideaID(3))},
+		{bob.updates(ideaID(2), "snow", 8)},
 	} {
 		a.performAtOnce(true, line...)
 		states = append(states, contents(a.store))
@@ -1414,7 +1421,7 @@ func chain(t *testing.T) (left files, states []string) {
 	if failed := a.start(); err != nil || failed == nil {
 		t.Fatal(err, failed)
 	}
-	a.must(bob.deletes("idea00002"))
+	a.must(bob.deletes(ideaID(2)))
 	return readFiles(t, a.path), append(states, contents(a.store))
 }
 
@@ -1797,7 +1804,7 @@ func checkAll(t *testing.T, all []*visitor, s *store) {
 		list := pages(s, v.user.ID)
 		there := make(map[string]string)
 		for _, i := range list {
-			there[i.ID] = string(i.json)
+			there[i.ID.String()] = string(i.json)
 		}
 		if !slices.IsSortedFunc(list, bestFirst) || len(there) != len(list) {
 			t.Errorf("the list of %s is out of order, or has something twice", v.user.Email)

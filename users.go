@@ -16,7 +16,7 @@ import (
 // A user is someone who signed up. No answer is made of it as a whole, so that
 // the hash cannot get out.
 type user struct {
-	ID       string `json:"id"`
+	ID       serial `json:"id"`
 	Email    string `json:"email"` // as given; unique in lower case
 	Name     string `json:"name"`
 	Password string `json:"password"` // see hashPassword
@@ -100,7 +100,7 @@ func (m *memory) addUser(u user) (err error) {
 	if _, taken := m.emails[email]; taken {
 		return errEmailTaken
 	}
-	if _, twice := m.users[u.ID]; twice || !isID(u.ID) || email == "" {
+	if _, twice := m.users[u.ID]; twice || u.ID == 0 || email == "" {
 		return errContradiction
 	}
 	u.profile, err = json.Marshal(struct {
@@ -110,6 +110,6 @@ func (m *memory) addUser(u user) (err error) {
 	}{u.Email, u.Name, avatarURL(email)})
 	m.users[u.ID] = u
 	m.emails[email] = u.ID
-	m.sawID(u.ID)
+	m.lastID = max(m.lastID, u.ID)
 	return err
 }
