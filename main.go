@@ -567,15 +567,14 @@ func readBody(r *http.Request) (map[string]any, error) {
 // a name that comes twice. It does not decode into a struct, which would take
 // names in any case.
 func parseObject(body []byte) (members map[string]any, _ error) {
-	if !utf8.Valid(body) || !json.Valid(body) {
-		return nil, errNotJSON
-	}
 	dec := json.NewDecoder(bytes.NewReader(body))
 	dec.UseNumber()
-	if err := dec.Decode(&members); err != nil || members == nil { // null
+	err := dec.Decode(&members)
+	_, end := dec.Token()
+	switch {
+	case err != nil, end != io.EOF, members == nil, !utf8.Valid(body):
 		return nil, errNotJSON
-	}
-	if len(members) < countMembers(body) {
+	case len(members) < countMembers(body):
 		return nil, errTwice
 	}
 	return members, nil
