@@ -12,6 +12,7 @@ import (
 	"math"
 	"net/http"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -258,6 +259,11 @@ func (g gate) do(ctx context.Context, work func() error) error {
 	select {
 	case g.slots <- struct{}{}:
 		defer func() { <-g.slots }()
+		if runtime.GOMAXPROCS(0) == 1 {
+			// On one core Go lets work run for 10 ms at a time, while all others
+			// wait. Between two threads the kernel is quicker to switch.
+			defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2))
+		}
 		return work()
 	case <-ctx.Done(): // also when the client has gone
 		return errBusy
