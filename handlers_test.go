@@ -15,6 +15,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"os/exec"
 	"regexp"
 	"runtime"
 	"slices"
@@ -1727,8 +1728,9 @@ func BenchmarkRequests(b *testing.B) {
 			w.WriteHeader(answers[r.Method].StatusCode)
 			io.WriteString(w, answers[r.Method].body)
 		})
-		b.Run(bench.name+"/bare", func(b *testing.B) { measure(b, bare, bench.conns, c.names["id"], requests) })
-		b.Run(bench.name+"/ours", func(b *testing.B) { measure(b, s, bench.conns, c.names["id"], requests) })
+		l := load{Conns: bench.conns, Requests: requests, ID: c.names["id"]}
+		b.Run(bench.name+"/bare", func(b *testing.B) { measure(b, bare, l) })
+		b.Run(bench.name+"/ours", func(b *testing.B) { measure(b, s, l) })
 	}
 }
 
@@ -1751,39 +1753,96 @@ func BenchmarkGate(b *testing.B) {
 					}
 				})
 			}
-			measure(b, s, 16, "", []string{c.expand("GET /me HTTP/1.1\r\nHost: x\r\nX-Access-Token: $jwt\r\n\r\n")})
+			measure(b, s, load{Conns: 16, Requests: []string{c.expand("GET /me HTTP/1.1\r\nHost: x\r\nX-Access-Token: $jwt\r\n\r\n")}})
 		})
 	}
 }
 
-// measure sends a request on each connection at once, and waits for all answers.
-func measure(b *testing.B, h http.Handler, conns int, id string, requests []string) {
-	server := httptest.NewServer(h)
+// A load is what a client in a process of its own asks for, over and over.
+type load struct {
+	Address  string
+	Conns    int
+	Requests []string // in turn
+	ID       string   // of the first idea; then it is the last that was made
+}
+
+const loadEnv = "IDEAPOOL_TEST_LOAD"
+
+// measure reports what a request costs this process.
+func measure(b *testing.B, h http.Handler, l load) {
+	server := httptest.NewUnstartedServer(h)
+	server.Config.ReadTimeout, server.Config.WriteTimeout = time.Minute, time.Minute
+	server.Start()
 	defer server.Close()
-	ids := slices.Repeat([]string{id}, conns)
+	l.Address = server.Listener.Addr().String()
+	client := exec.Command(os.Args[0])
+	client.Env = append(os.Environ(), loadEnv+"="+string(must(json.Marshal(l))))
+	client.Stderr = os.Stderr
+	counts := bufio.NewScanner(must(client.StdoutPipe()))
+	if err := client.Start(); err != nil {
+		b.Fatal(err)
+	}
+	defer client.Wait()
+	defer client.Process.Kill()
+
+	counts.Scan() // it has warmed up
+	b.ReportAllocs()
+	before, requests := used(), 0
+	for b.Loop() {
+		if !counts.Scan() {
+			b.Fatal("the client has failed")
+		}
+		requests += must(strconv.Atoi(counts.Text()))
+	}
+	for unit, after := range used() {
+		b.ReportMetric((after-before[unit])/float64(requests), unit+"/op")
+	}
+}
+
+// used is the time, memory and CPU time that have gone by so far.
+func used() map[string]float64 {
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	u := map[string]float64{"ns": float64(time.Now().UnixNano()), "B": float64(m.TotalAlloc), "allocs": float64(m.Mallocs)}
+	if stat, err := os.ReadFile("/proc/self/stat"); err == nil { // see proc_pid_stat(5); Linux only
+		_, fields, _ := strings.Cut(string(stat), ") ")
+		for _, ticks := range strings.Fields(fields)[11:13] { // of 10 ms, in user mode and in the kernel
+			u["CPU-ns"] += 1e7 * must(strconv.ParseFloat(ticks, 64))
+		}
+	}
+	return u
+}
+
+// run is the client. It says every 10 ms how many requests were answered.
+func (l load) run() {
+	ids := slices.Repeat([]string{l.ID}, l.Conns)
 	var out []net.Conn
 	var in []*bufio.Reader
-	for n := range conns {
-		out = append(out, must(net.Dial("tcp", server.Listener.Addr().String())))
+	for n := range l.Conns {
+		out = append(out, must(net.Dial("tcp", l.Address)))
 		in = append(in, bufio.NewReader(out[n]))
-		defer out[n].Close()
 	}
-	b.ReportAllocs()
-	for turn := 0; b.Loop(); turn++ {
+	answered, said := 0, time.Now()
+	for turn := 0; ; turn++ {
 		for n, conn := range out {
-			io.WriteString(conn, strings.Replace(requests[turn%len(requests)], "$id", ids[n], 1))
+			request := l.Requests[(turn+n%8)%len(l.Requests)] // not all the same at a time
+			io.WriteString(conn, strings.Replace(request, "$id", ids[n], 1))
 		}
 		for n, answers := range in {
-			resp, err := http.ReadResponse(answers, nil)
-			if err != nil || resp.StatusCode >= 300 {
-				b.Fatal(resp, err)
+			resp := must(http.ReadResponse(answers, nil))
+			body := must(io.ReadAll(resp.Body))
+			if resp.StatusCode >= 300 {
+				panic(fmt.Sprint(resp, string(body)))
 			}
-			if body := must(io.ReadAll(resp.Body)); resp.StatusCode == http.StatusCreated {
+			if resp.StatusCode == http.StatusCreated {
 				ids[n] = member(string(body), "id")
 			}
 		}
+		if answered += len(in); time.Since(said) > 10*time.Millisecond {
+			fmt.Println(answered)
+			answered, said = 0, time.Now()
+		}
 	}
-	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*conns), "ns/request")
 }
 
 // Helpers. More of them (must, member, atOnce, mustStart, scratch, quiet, rfcKey)

@@ -1580,11 +1580,17 @@ func left(names map[string]*platterFile, keep func(synced, written string) strin
 
 const serveEnv = "IDEAPOOL_TEST_SERVE"
 
-// TestMain lets the test binary be the server, for the tests that kill it.
+// TestMain lets the test binary be the server, for the tests that kill it, and
+// the client of the benchmarks.
 func TestMain(m *testing.M) {
 	if os.Getenv(serveEnv) != "" {
 		main()
 		os.Exit(0)
+	}
+	if config := os.Getenv(loadEnv); config != "" {
+		var l load
+		json.Unmarshal([]byte(config), &l)
+		l.run()
 	}
 	os.Exit(m.Run())
 }
