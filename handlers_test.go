@@ -452,6 +452,13 @@ func TestIdeas(t *testing.T) {
 		> X-Access-Token: $jwt
 		< 200
 		[{"id":"$id","content":"b","impact":1,"ease":1,"confidence":1,"average_score":1.0,"created_at":$created}]
+	`)
+	c.names["ID"] = strings.ToUpper(c.names["id"])
+	c.play(`
+		# An id is spelled in one way.
+		> DELETE /ideas/$ID
+		> X-Access-Token: $jwt
+		< 404
 
 		# Clients send a body with DELETE. What is gone is gone.
 		> DELETE /ideas/$id
@@ -1234,6 +1241,9 @@ func TestOneCore(t *testing.T) {
 	reader.Wait()
 	if answers < 200 { // about 1,000, or 70 where Go alone shares out the core
 		t.Errorf("%d answers during a hash", answers)
+	}
+	if n := runtime.GOMAXPROCS(0); n != 1 {
+		t.Errorf("GOMAXPROCS has stayed %d", n)
 	}
 }
 
