@@ -51,9 +51,7 @@ func (s *server) createIdea(w http.ResponseWriter, r *http.Request, u user) erro
 		return err
 	}
 	i.ID, i.Owner, i.Created = s.store.newID(), u.ID, time.Now().Unix()
-	if err := i.seal(); err != nil {
-		return err
-	}
+	i.seal()
 	if err := s.store.createIdea(i); err != nil {
 		return err
 	}
@@ -118,9 +116,7 @@ func (s *server) updateIdea(w http.ResponseWriter, r *http.Request, u user) erro
 		return err
 	}
 	i.ID, i.Owner, i.Created = old.ID, old.Owner, old.Created
-	if err := i.seal(); err != nil {
-		return err
-	}
+	i.seal()
 	if err := s.store.updateIdea(i); err != nil {
 		return err
 	}
@@ -152,12 +148,11 @@ func (in *input) score(name string) int {
 
 // seal makes all that follows from the rest: the average, and the JSON, which
 // is then served as often as it is asked for.
-func (i *idea) seal() (err error) {
+func (i *idea) seal() {
 	i.Average = average(i.sum()) / scores
 	sealed := *i
 	sealed.Owner = 0
-	i.json, err = json.Marshal(sealed)
-	return err
+	i.json, _ = json.Marshal(sealed) // never fails: it is text and numbers
 }
 
 // record is the idea in JSON with its owner, as json.Marshal would make it
@@ -246,7 +241,8 @@ func (i *idea) complete() error {
 	if i.ID == 0 || i.Content == "" {
 		return errContradiction
 	}
-	return i.seal()
+	i.seal()
+	return nil
 }
 
 // replaceIdea applies an update.

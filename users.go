@@ -95,7 +95,7 @@ func (in *input) newPassword(name string) string {
 }
 
 // addUser applies a sign-up.
-func (m *memory) addUser(u user) (err error) {
+func (m *memory) addUser(u user) error {
 	email := strings.ToLower(u.Email)
 	if _, taken := m.emails[email]; taken {
 		return errEmailTaken
@@ -103,7 +103,7 @@ func (m *memory) addUser(u user) (err error) {
 	if _, twice := m.users[u.ID]; twice || u.ID == 0 || email == "" {
 		return errContradiction
 	}
-	u.profile, err = json.Marshal(struct {
+	u.profile, _ = json.Marshal(struct { // never fails: it is text
 		Email     string `json:"email"`
 		Name      string `json:"name"`
 		AvatarURL string `json:"avatar_url"`
@@ -111,5 +111,5 @@ func (m *memory) addUser(u user) (err error) {
 	m.users[u.ID] = u
 	m.emails[email] = u.ID
 	m.lastID = max(m.lastID, u.ID)
-	return err
+	return nil
 }
