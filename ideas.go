@@ -177,6 +177,15 @@ func (p *pool) remove(i *idea) {
 	*equals = slices.Delete(*equals, at, at+1)
 }
 
+func (p *pool) replace(old, i *idea) {
+	if equals, at := p.find(old); i.sum() == old.sum() {
+		(*equals)[at] = i
+		return
+	}
+	p.remove(old)
+	p.add(i)
+}
+
 // find returns where i is, or would be.
 func (p *pool) find(i *idea) (equals *[]*idea, at int) {
 	equals = &p[i.sum()]
@@ -254,8 +263,7 @@ func (m *memory) replaceIdea(i *idea) error {
 	if err != nil {
 		return err
 	}
-	m.pools[i.Owner].remove(old)
-	m.pools[i.Owner].add(i)
+	m.pools[i.Owner].replace(old, i)
 	m.ideas[i.ID] = i
 	return nil
 }
