@@ -134,7 +134,9 @@ func (s *server) newSession(u user) (refreshToken string, _ session) {
 	rand.Read(random) // never fails
 	refreshToken = hex.EncodeToString(random)
 	now := time.Now()
-	return refreshToken, session{keyOf(refreshToken), u.ID, now.Unix(), now.Add(s.refreshTTL).Unix()}
+	return refreshToken, session{
+		Key: keyOf(refreshToken), UserID: u.ID, Start: now.Unix(), Expires: now.Add(s.refreshTTL).Unix(),
+	}
 }
 
 // keyOf is what the store knows of a refresh token. It needs no salt: nobody
@@ -159,7 +161,7 @@ func (s *server) caller(r *http.Request) (user, error) {
 
 // accessToken returns the token in X-Access-Token, or else in Authorization
 // (RFC 6750 §2.1), there after the word Bearer, in any case (RFC 9110 §11.1).
-// A header that comes twice holds none.
+// A header that comes twice holds none. X-Access-Token may have the word, too.
 func accessToken(h http.Header) string {
 	values, needsScheme := h["X-Access-Token"], false
 	if values == nil {
@@ -260,8 +262,8 @@ func (g gate) do(ctx context.Context, work func() error) error {
 	case g.slots <- struct{}{}:
 		defer func() { <-g.slots }()
 		if runtime.GOMAXPROCS(0) == 1 {
-			// On one core Go lets work run for 10 ms at a time, while all others
-			// wait. Between two threads the kernel is quicker to switch.
+			// Go would let work have the only core for 10 ms at a time. With a second
+			// thread for all else, the kernel shares it out fairly. Then 1 again.
 			defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2))
 		}
 		return work()
@@ -315,8 +317,8 @@ func (g *guesses) mustWait(who guesser) error {
 	return g.made[who].mustWait()
 }
 
-// begin does the same before an attempt. One that was waited for counts as a
-// failure until it succeeds, so that none slips through beside it.
+// begin does the same before an attempt. After ten failures the attempt counts
+// as one more until it succeeds, so that those beside it see it and wait.
 func (g *guesses) begin(who guesser) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -339,6 +341,7 @@ func (g *guesses) failed(who guesser) {
 	}
 }
 
+// recent forgets the failures an hour after the last wait.
 func (g *guesses) recent(who guesser) failures {
 	f := g.made[who]
 	if time.Since(f.until) > time.Hour {

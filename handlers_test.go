@@ -1021,7 +1021,7 @@ func TestAverages(t *testing.T) {
 		if i.sum() != sum {
 			t.Fatalf("the scores %+v do not make %d", i, sum)
 		}
-		if i.seal(); !strings.Contains(string(i.json), `"average_score":`+average+`,`) {
+		if i.ID, i.Content = 1, "tea"; i.seal() != nil || !strings.Contains(string(i.json), `"average_score":`+average+`,`) {
 			t.Errorf("the average of %d/3 in %s is not %s", sum, i.json, average)
 		}
 	}

@@ -17,7 +17,7 @@ import (
 // An idea is what a client gets, and what the store keeps. Once stored it is
 // never changed, only replaced, so a reader may use it without a lock.
 type idea struct {
-	ID         serial  `json:"id"`
+	ID         serial  `json:"id"` // nine characters
 	Content    string  `json:"content"`
 	Impact     int     `json:"impact"`
 	Ease       int     `json:"ease"`
@@ -51,7 +51,9 @@ func (s *server) createIdea(w http.ResponseWriter, r *http.Request, u user) erro
 		return err
 	}
 	i.ID, i.Owner, i.Created = s.store.newID(), u.ID, time.Now().Unix()
-	i.seal()
+	if err := i.seal(); err != nil {
+		return err
+	}
 	if err := s.store.createIdea(i); err != nil {
 		return err
 	}
@@ -116,7 +118,9 @@ func (s *server) updateIdea(w http.ResponseWriter, r *http.Request, u user) erro
 		return err
 	}
 	i.ID, i.Owner, i.Created = old.ID, old.Owner, old.Created
-	i.seal()
+	if err := i.seal(); err != nil {
+		return err
+	}
 	if err := s.store.updateIdea(i); err != nil {
 		return err
 	}
@@ -138,7 +142,6 @@ func readIdea(r *http.Request) (*idea, error) {
 
 const (
 	maxContent = 255 // characters
-	scores     = 3   // of an idea, each from 1 to maxScore
 	maxScore   = 10
 )
 
@@ -146,57 +149,80 @@ func (in *input) score(name string) int {
 	return in.integer(name, maxScore, fmt.Sprintf("must be an integer from 1 to %d", maxScore))
 }
 
-// seal makes all that follows from the rest: the average, and the JSON, which
-// is then served as often as it is asked for.
-func (i *idea) seal() {
-	i.Average = average(i.sum()) / scores
+// seal checks an idea, from a client or a file, and makes all that follows from
+// the rest: the average, and the JSON, which is then served as often as it is
+// asked for.
+func (i *idea) seal() (err error) {
+	if i.json != nil {
+		return nil // it is sealed already
+	}
+	for _, score := range i.scores() {
+		if score < 1 || score > maxScore {
+			return errContradiction
+		}
+	}
+	if i.ID == 0 || i.Content == "" {
+		return errContradiction
+	}
+	i.Average = average(i.sum()) / average(len(i.scores()))
 	sealed := *i
 	sealed.Owner = 0
-	i.json, _ = json.Marshal(sealed) // never fails: it is text and numbers
+	i.json, err = json.Marshal(sealed)
+	return err
 }
 
-// record is the idea in JSON with its owner, as json.Marshal would make it
-// again.
+func (i *idea) scores() []int { return []int{i.Impact, i.Ease, i.Confidence} }
+
+func (i *idea) sum() (sum int) {
+	for _, score := range i.scores() {
+		sum += score
+	}
+	return sum
+}
+
+// record is what a snapshot has of an idea: the same as json.Marshal would
+// make, without making it again.
 func (i *idea) record() []byte {
 	return slices.Concat(i.json[:len(i.json)-1], []byte(`,"owner":"`+i.Owner.String()+`"}`))
 }
 
-func (i *idea) sum() int { return i.Impact + i.Ease + i.Confidence }
-
 // A pool is the ideas of one user, by the sum of their scores, and of equals
 // the oldest first. So it needs no sorting, and a new idea comes in at an end.
-type pool [scores*maxScore + 1][]*idea
+type pool [][]*idea
 
-func (p *pool) add(i *idea) {
-	equals, at := p.find(i)
-	*equals = slices.Insert(*equals, at, i)
+func (p pool) add(i *idea) pool {
+	for len(p) <= i.sum() {
+		p = append(p, nil)
+	}
+	equals := p[i.sum()]
+	p[i.sum()] = slices.Insert(equals, find(equals, i), i)
+	return p
 }
 
-func (p *pool) remove(i *idea) {
-	equals, at := p.find(i)
-	*equals = slices.Delete(*equals, at, at+1)
+func (p pool) remove(i *idea) {
+	equals := p[i.sum()]
+	at := find(equals, i)
+	p[i.sum()] = slices.Delete(equals, at, at+1)
 }
 
-func (p *pool) replace(old, i *idea) {
-	if equals, at := p.find(old); i.sum() == old.sum() {
-		(*equals)[at] = i
-		return
+func (p pool) replace(old, i *idea) pool {
+	if equals := p[old.sum()]; i.sum() == old.sum() {
+		equals[find(equals, old)] = i
+		return p
 	}
 	p.remove(old)
-	p.add(i)
+	return p.add(i)
 }
 
-// find returns where i is, or would be.
-func (p *pool) find(i *idea) (equals *[]*idea, at int) {
-	equals = &p[i.sum()]
-	byID := func(i *idea, id serial) int { return cmp.Compare(i.ID, id) }
-	at, _ = slices.BinarySearchFunc(*equals, i.ID, byID)
-	return equals, at
+// find returns where among its equals i is, or would be.
+func find(equals []*idea, i *idea) (at int) {
+	at, _ = slices.BinarySearchFunc(equals, i.ID, func(i *idea, id serial) int { return cmp.Compare(i.ID, id) })
+	return at
 }
 
 // page returns a page of the list in JSON, and the number of all ideas. The
 // list begins with the highest average, and of equals with the newest.
-func (p *pool) page(number int) (ideas [][]byte, total int) {
+func (p pool) page(number int) (ideas [][]byte, total int) {
 	for _, equals := range p {
 		total += len(equals)
 	}
@@ -204,12 +230,12 @@ func (p *pool) page(number int) (ideas [][]byte, total int) {
 		return nil, total
 	}
 	ideas = make([][]byte, 0, pageSize)
-	before := (number - 1) * pageSize
-	for _, equals := range slices.Backward(p[:]) {
-		end := max(0, len(equals)-before)
-		before -= len(equals) - end
-		start := max(0, end-(pageSize-len(ideas)))
-		for _, i := range slices.Backward(equals[start:end]) {
+	skip := (number - 1) * pageSize
+	for _, equals := range slices.Backward(p) {
+		rest := equals[:max(0, len(equals)-skip)]
+		skip -= len(equals) - len(rest)
+		missing := pageSize - len(ideas)
+		for _, i := range slices.Backward(rest[max(0, len(rest)-missing):]) {
 			ideas = append(ideas, i.json)
 		}
 	}
@@ -225,45 +251,25 @@ func (m *memory) addIdea(i *idea) error {
 	if twice || !known {
 		return errContradiction
 	}
-	if err := i.complete(); err != nil {
+	if err := i.seal(); err != nil {
 		return err
 	}
-	if m.pools[i.Owner] == nil {
-		m.pools[i.Owner] = new(pool)
-	}
-	m.pools[i.Owner].add(i)
+	m.pools[i.Owner] = m.pools[i.Owner].add(i)
 	m.ideas[i.ID] = i
 	m.lastID = max(m.lastID, i.ID)
 	return nil
 }
 
-// complete checks and seals an idea that comes from a file.
-func (i *idea) complete() error {
-	if i.json != nil {
-		return nil // it is sealed already
-	}
-	for _, score := range []int{i.Impact, i.Ease, i.Confidence} {
-		if score < 1 || score > maxScore {
-			return errContradiction
-		}
-	}
-	if i.ID == 0 || i.Content == "" {
-		return errContradiction
-	}
-	i.seal()
-	return nil
-}
-
 // replaceIdea applies an update.
 func (m *memory) replaceIdea(i *idea) error {
-	if err := i.complete(); err != nil {
+	if err := i.seal(); err != nil {
 		return err
 	}
 	old, err := m.findIdea(i.Owner, i.ID)
 	if err != nil {
 		return err
 	}
-	m.pools[i.Owner].replace(old, i)
+	m.pools[i.Owner] = m.pools[i.Owner].replace(old, i)
 	m.ideas[i.ID] = i
 	return nil
 }

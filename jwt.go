@@ -36,8 +36,8 @@ type tokens struct {
 	ttl time.Duration
 
 	mu sync.RWMutex
-	// verified remembers good tokens: verifying a signature costs more than
-	// all the rest of a request.
+	// verified remembers good tokens that are not revoked: verifying a signature
+	// costs more than all the rest of a request.
 	verified map[string]grant
 	revoked  map[grant]bool
 }
@@ -64,7 +64,7 @@ func newTokens(key *rsa.PrivateKey, ttl time.Duration) *tokens {
 }
 
 // sign makes a token that says c and expires after the time to live. It is
-// good even if the same was revoked within this second.
+// good even if the same, to the byte, was made and revoked within this second.
 func (t *tokens) sign(c claims) (string, error) {
 	c.Expires = time.Now().Add(t.ttl).Unix()
 	unsigned := c.unsigned()
@@ -99,7 +99,7 @@ func (t *tokens) verify(token string) (grant, error) {
 	if time.Now().Unix() >= g.expires { // refused at that very second (RFC 7519 §4.1.4)
 		return grant{}, errToken
 	}
-	if !known && !t.remember(token, g) {
+	if !known && !t.admit(token, g) {
 		return grant{}, errToken
 	}
 	return g, nil
@@ -134,8 +134,8 @@ func (t *tokens) parse(token string) (grant, error) {
 	return grant{c.UserID, c.Expires}, nil
 }
 
-// remember saves the work of verifying token again, unless it is revoked.
-func (t *tokens) remember(token string, g grant) bool {
+// admit remembers a verified token, unless it is revoked.
+func (t *tokens) admit(token string, g grant) bool {
 	const limit = 10_000
 	t.mu.Lock()
 	defer t.mu.Unlock()

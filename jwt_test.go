@@ -383,7 +383,7 @@ func TestRevoke(t *testing.T) {
 		clear(keys.verified)
 		checkAll("with nothing remembered", errToken)
 		for i := range 10_000 {
-			keys.remember(strconv.Itoa(i), grant{})
+			keys.admit(strconv.Itoa(i), grant{})
 		}
 		checkAll("with other things remembered", errToken)
 
@@ -430,7 +430,7 @@ func TestRememberedTokens(t *testing.T) {
 	keys, good := newTokens(rfcKey(), time.Hour), goodToken()
 	most := 0
 	for i := range 25_000 {
-		keys.remember(strconv.Itoa(i), grant{jackID, 4102444800})
+		keys.admit(strconv.Itoa(i), grant{jackID, 4102444800})
 		most = max(most, len(keys.verified))
 	}
 	if most != 10_000 {

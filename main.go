@@ -646,8 +646,9 @@ func (in *input) string(name string) string {
 	return s
 }
 
-// check keeps out control characters, and U+FFFD, which encoding/json puts in
-// place of what is not Unicode: two passwords could become one.
+// check keeps out control characters but tab and newline, and U+FFFD, which
+// encoding/json puts in place of what is not Unicode: two passwords could become
+// one.
 func (in *input) check(name, s string, length, limit int, unit string) {
 	if length < 1 || length > limit {
 		in.fail(name, fmt.Sprintf("must be 1 to %d %s long", limit, unit))

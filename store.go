@@ -75,7 +75,7 @@ type memory struct {
 	sessions map[string]session  // by key
 	logIns   map[serial][]string // session keys by user id, oldest first
 	ideas    map[serial]*idea    // by id
-	pools    map[serial]*pool    // by user id; of those who have had ideas
+	pools    map[serial]pool     // by user id
 	lastID   serial
 }
 
@@ -129,10 +129,7 @@ func (s *store) idea(owner, id serial) (*idea, error) {
 func (s *store) pageOfIdeas(owner serial, page int) (ideas [][]byte, total int) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	if pool := s.pools[owner]; pool != nil {
-		return pool.page(page)
-	}
-	return nil, 0
+	return s.pools[owner].page(page)
 }
 
 // signUp returns errEmailTaken to all but one of those who come with the same
@@ -204,7 +201,7 @@ func parseSerial(text string) serial {
 	return 0
 }
 
-func (id serial) MarshalText() ([]byte, error) { return []byte(id.String()), nil }
+func (id serial) MarshalText() ([]byte, error) { return strconv.AppendUint(nil, uint64(id), 36), nil }
 
 func (id *serial) UnmarshalText(text []byte) error {
 	if *id = parseSerial(string(text)); *id == 0 {
@@ -450,7 +447,7 @@ func (s *store) nextJournal() (*snapshot, error) {
 // refer to is replaced, not changed.
 func (s *store) image() *snapshot {
 	image := &snapshot{Format: 1, Store: s.id, Journal: s.number, Users: slices.Collect(maps.Values(s.users))}
-	s.mu.RLock()
+	s.mu.RLock() // newID does without diskMu
 	image.LastID = uint64(s.lastID)
 	s.mu.RUnlock()
 	for _, keys := range s.logIns {
@@ -459,7 +456,7 @@ func (s *store) image() *snapshot {
 		}
 	}
 	for _, pool := range s.pools {
-		image.Ideas = append(image.Ideas, slices.Concat(pool[:]...)...)
+		image.Ideas = append(image.Ideas, slices.Concat(pool...)...)
 	}
 	return image
 }
@@ -537,7 +534,7 @@ func encodeList[T any](w io.Writer, name string, list []T, encode func(any) ([]b
 
 // How the store comes back:
 
-// openStore reads FILE and its journals, and changes nothing. With no path, or
+// openStore reads FILE and its journals, and changes neither. With no path, or
 // no FILE, the store is empty.
 func openStore(path string, log *slog.Logger) (*store, error) {
 	s := &store{log: log, id: rand.Text(), memory: memory{
@@ -546,7 +543,7 @@ func openStore(path string, log *slog.Logger) (*store, error) {
 		sessions: make(map[string]session),
 		logIns:   make(map[serial][]string),
 		ideas:    make(map[serial]*idea),
-		pools:    make(map[serial]*pool),
+		pools:    make(map[serial]pool),
 	}}
 	if path == "" {
 		return s, nil
@@ -662,7 +659,7 @@ func (m *memory) load(image *snapshot) error {
 	if slices.Contains(image.Ideas, nil) {
 		return fmt.Errorf("an idea %w", errContradiction)
 	}
-	completeAll(image.Ideas)
+	sealAll(image.Ideas)
 	for _, i := range image.Ideas {
 		if err := m.addIdea(i); err != nil {
 			return fmt.Errorf("idea %q: %w", i.ID, err)
@@ -671,14 +668,13 @@ func (m *memory) load(image *snapshot) error {
 	return nil
 }
 
-// completeAll does on all cores what addIdea does for those that it finds
-// incomplete.
-func completeAll(ideas []*idea) {
+// sealAll does on all cores what addIdea does for those that are not sealed.
+func sealAll(ideas []*idea) {
 	var batches sync.WaitGroup
 	for batch := range slices.Chunk(ideas, 1000) {
 		batches.Go(func() {
 			for _, i := range batch {
-				i.complete() // addIdea meets any error again
+				i.seal() // addIdea meets any error again
 			}
 		})
 	}
@@ -772,8 +768,8 @@ func (s *store) close() (err error) {
 	return errors.Join(err, s.lock.Close())
 }
 
-// A disk runs each operation that changes a file. Tests set step, to let the
-// n-th one fail.
+// A disk runs each operation that the promise hangs on. Tests set step, to let
+// the n-th one fail.
 type disk struct {
 	step func(op, path string, do func() error) error
 }

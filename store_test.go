@@ -489,7 +489,7 @@ func TestDamageIsRefused(t *testing.T) {
 		edit("an idea without its user", `"owner":"user00001"`, `"owner":"user00009"`, idea1),
 		edit("no idea", `"ideas":[`, `"ideas":[null,`, snapshotName+": an idea cannot be right"),
 		{"a field of a newer ideapool", func(f files) {
-			text := strings.Replace(file, `"content":"tea"`, `"content":"tea","joy":7`, 1)
+			text := strings.Replace(file, `"content":"tea"`, `"content":"tea","mood":7`, 1)
 			f[snapshotName] = regexp.MustCompile(`\w{8}("}\s*)$`).ReplaceAllString(text, sumOf([]byte(text))+"$1")
 		}, snapshotName + ": is damaged: json: unknown field"},
 		edit("a mistyped name", `"owner"`, `"ownr"`, snapshotName+": is damaged: json: unknown field"),
@@ -994,7 +994,7 @@ func (p person) logsOut(key string) change {
 
 func (p person) creates(id serial, content string, impact int) change {
 	i := &idea{ID: id, Content: content, Impact: impact, Ease: 5, Confidence: 5, Created: 1_600_000_000, Owner: serial(p)}
-	i.seal()
+	i.seal() // fails for an idea that is to be refused
 	return change{Create: i}
 }
 

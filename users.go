@@ -28,7 +28,7 @@ var errEmailTaken = errors.New("there is a user with this e-mail already")
 // signUp answers POST /users.
 func (s *server) signUp(w http.ResponseWriter, r *http.Request) error {
 	in := readInput(r)
-	u := user{Email: in.email("email"), Name: in.text("name", 255)}
+	u := user{Email: in.email("email"), Name: in.text("name", maxName)}
 	password := in.newPassword("password")
 	if err := in.err(); err != nil {
 		return err
@@ -79,7 +79,10 @@ func (in *input) email(name string) string {
 	return email
 }
 
-const maxPassword = 1024 // bytes
+const (
+	maxName     = 255  // characters
+	maxPassword = 1024 // bytes
+)
 
 // newPassword reads a password by the rules of the API document. It is not
 // trimmed.
