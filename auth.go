@@ -263,7 +263,8 @@ func (g gate) do(ctx context.Context, work func() error) error {
 		defer func() { <-g.slots }()
 		if runtime.GOMAXPROCS(0) == 1 {
 			// Go would let work have the only core for 10 ms at a time. With a second
-			// thread for all else, the kernel shares it out fairly. Then 1 again.
+			// thread for all else, the kernel shares it out fairly. Then 1 again, as
+			// two cost each request a tenth.
 			defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2))
 		}
 		return work()

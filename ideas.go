@@ -186,13 +186,13 @@ func (i *idea) record() []byte {
 	return slices.Concat(i.json[:len(i.json)-1], []byte(`,"owner":"`+i.Owner.String()+`"}`))
 }
 
-// A pool is the ideas of one user, by the sum of their scores, and of equals
-// the oldest first. So it needs no sorting, and a new idea comes in at an end.
+// A pool is the ideas of one user, by the sum of their scores. Only equals have
+// to be kept in order, the oldest first: a new idea comes in at their end.
 type pool [][]*idea
 
 func (p pool) add(i *idea) pool {
-	for len(p) <= i.sum() {
-		p = append(p, nil)
+	if missing := i.sum() + 1 - len(p); missing > 0 {
+		p = append(p, make(pool, missing)...)
 	}
 	equals := p[i.sum()]
 	p[i.sum()] = slices.Insert(equals, find(equals, i), i)

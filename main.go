@@ -563,9 +563,9 @@ func readBody(r *http.Request) (map[string]any, error) {
 	return parseObject(body)
 }
 
-// parseObject refuses what encoding/json would let pass: what is not UTF-8, and
-// a name that comes twice. It does not decode into a struct, which would take
-// names in any case.
+// parseObject refuses what encoding/json would let pass: what is not UTF-8, what
+// follows the object, and a name that comes twice. It does not decode into a
+// struct, which would take names in any case.
 func parseObject(body []byte) (members map[string]any, _ error) {
 	dec := json.NewDecoder(bytes.NewReader(body))
 	dec.UseNumber()

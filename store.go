@@ -179,10 +179,9 @@ func (s *store) check() error {
 
 // newID returns an id that is higher than all before it.
 func (s *store) newID() serial {
-	const shortest = 36 * 36 * 36 * 36 * 36 * 36 * 36 * 36 // of nine characters; in 1978
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lastID = max(s.lastID+1, serial(time.Now().UnixMicro()/100), shortest)
+	s.lastID = max(s.lastID+1, serial(time.Now().UnixMicro()/100), minSerial)
 	return s.lastID
 }
 
@@ -190,9 +189,13 @@ func (s *store) newID() serial {
 // written as nine characters in base 36.
 type serial uint64
 
+// Those of nine characters begin in 1978, and end 36 times as late, in 2291.
+const minSerial = 36 * 36 * 36 * 36 * 36 * 36 * 36 * 36
+
 func (id serial) String() string { return strconv.FormatUint(uint64(id), 36) }
 
-// parseSerial returns 0, the id of nothing, for what String would not write.
+// parseSerial returns 0, the id of nothing, for what is not nine characters as
+// String writes them.
 func parseSerial(text string) serial {
 	n, _ := strconv.ParseUint(text, 36, 64)
 	if id := serial(n); len(text) == 9 && id.String() == text {
@@ -455,8 +458,11 @@ func (s *store) image() *snapshot {
 			image.Sessions = append(image.Sessions, s.sessions[key])
 		}
 	}
+	image.Ideas = make([]*idea, 0, len(s.ideas))
 	for _, pool := range s.pools {
-		image.Ideas = append(image.Ideas, slices.Concat(pool...)...)
+		for _, equals := range pool {
+			image.Ideas = append(image.Ideas, equals...)
+		}
 	}
 	return image
 }
@@ -491,7 +497,7 @@ type snapshot struct {
 	Format   int       `json:"format"`
 	Store    string    `json:"store"`
 	Journal  uint64    `json:"journal"` // the one that continues it
-	LastID   uint64    `json:"last_id"` // which may be of something deleted
+	LastID   uint64    `json:"last_id"` // a serial, which may be of something deleted
 	Users    []user    `json:"users"`
 	Sessions []session `json:"sessions"`
 	Ideas    []*idea   `json:"ideas"`
@@ -664,6 +670,9 @@ func (m *memory) load(image *snapshot) error {
 		if err := m.addIdea(i); err != nil {
 			return fmt.Errorf("idea %q: %w", i.ID, err)
 		}
+	}
+	if m.lastID >= 35*minSerial {
+		return fmt.Errorf("an id after %q: %w", serial(35*minSerial), errContradiction)
 	}
 	return nil
 }
