@@ -296,7 +296,7 @@ type failures struct {
 // itself, as in X-Forwarded-For, would be a way around.
 func guesserOf(r *http.Request, email string) guesser {
 	from, _ := netip.ParseAddrPort(r.RemoteAddr)
-	addr, bits := from.Addr().Unmap(), 32
+	addr, bits := from.Addr(), 32
 	if addr.Is6() {
 		bits = 64 // what one household has (RFC 6177)
 	}

@@ -190,6 +190,7 @@ func (i *idea) record() []byte {
 // to be kept in order, the oldest first: a new idea comes in at their end.
 type pool [][]*idea
 
+// add returns the pool, which may have grown, as append does.
 func (p pool) add(i *idea) pool {
 	if missing := i.sum() + 1 - len(p); missing > 0 {
 		p = append(p, make(pool, missing)...)

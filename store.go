@@ -189,7 +189,7 @@ func (s *store) newID() serial {
 // written as nine characters in base 36.
 type serial uint64
 
-// Those of nine characters begin in 1978, and end 36 times as late, in 2291.
+// minSerial is the first of nine characters, of 1978; the last is of 2291.
 const minSerial = 36 * 36 * 36 * 36 * 36 * 36 * 36 * 36
 
 func (id serial) String() string { return strconv.FormatUint(uint64(id), 36) }
@@ -671,7 +671,7 @@ func (m *memory) load(image *snapshot) error {
 			return fmt.Errorf("idea %q: %w", i.ID, err)
 		}
 	}
-	if m.lastID >= 35*minSerial {
+	if m.lastID >= 35*minSerial { // there must be room for more of nine characters
 		return fmt.Errorf("an id after %q: %w", serial(35*minSerial), errContradiction)
 	}
 	return nil
