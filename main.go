@@ -525,21 +525,35 @@ func writeBody(w http.ResponseWriter, status int, body []byte) {
 // query. Each is read by the rule of its field. What is wrong, err tells once
 // all are read.
 type input struct {
-	members map[string]any // a string, a json.Number, or what no field may be
-	broken  error          // why there are no members
+	members map[string]value
+	broken  error // why there are no members
 	failed  fieldErrors
+}
+
+// A value is a text, or the JSON of anything else.
+type value struct {
+	text   string
+	isText bool
+}
+
+func (v *value) UnmarshalJSON(text []byte) error {
+	if v.isText = text[0] == '"'; v.isText {
+		return json.Unmarshal(text, &v.text)
+	}
+	v.text = string(text)
+	return nil
 }
 
 func readInput(r *http.Request) *input { return newInput(readBody(r)) }
 
 func readQuery(r *http.Request) *input { return newInput(parseQuery(r.URL.RawQuery)) }
 
-func newInput(members map[string]any, err error) *input {
+func newInput(members map[string]value, err error) *input {
 	return &input{members: members, broken: err, failed: make(fieldErrors)}
 }
 
 // readBody reads a JSON object or a form. The body of a DELETE may be missing.
-func readBody(r *http.Request) (map[string]any, error) {
+func readBody(r *http.Request) (map[string]value, error) {
 	body, err := io.ReadAll(r.Body)
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return nil, errTooLarge
@@ -563,16 +577,13 @@ func readBody(r *http.Request) (map[string]any, error) {
 	return parseObject(body)
 }
 
-// parseObject refuses what encoding/json would let pass: what is not UTF-8, what
-// follows the object, and a name that comes twice. It does not decode into a
-// struct, which would take names in any case.
-func parseObject(body []byte) (members map[string]any, _ error) {
-	dec := json.NewDecoder(bytes.NewReader(body))
-	dec.UseNumber()
-	err := dec.Decode(&members)
-	_, end := dec.Token()
+// parseObject refuses what encoding/json would let pass: what is not UTF-8, and a
+// name that comes twice. It does not decode into a struct, which would take
+// names in any case.
+func parseObject(body []byte) (members map[string]value, _ error) {
+	err := json.Unmarshal(body, &members)
 	switch {
-	case err != nil, end != io.EOF, members == nil, !utf8.Valid(body):
+	case err != nil, members == nil, !utf8.Valid(body):
 		return nil, errNotJSON
 	case len(members) < countMembers(body):
 		return nil, errTwice
@@ -602,17 +613,17 @@ func countMembers(object []byte) (count int) {
 }
 
 // parseQuery reads a query or a form. Its members are strings.
-func parseQuery(query string) (map[string]any, error) {
+func parseQuery(query string) (map[string]value, error) {
 	values, err := url.ParseQuery(query)
 	if err != nil {
 		return nil, errNotForm
 	}
-	members := make(map[string]any)
+	members := make(map[string]value)
 	for name, all := range values {
 		if len(all) > 1 {
 			return nil, errTwice
 		}
-		members[name] = all[0]
+		members[name] = value{all[0], true}
 	}
 	return members, nil
 }
@@ -637,13 +648,13 @@ func (in *input) secret(name string, limit int) string {
 }
 
 func (in *input) string(name string) string {
-	s, ok := in.members[name].(string)
-	if !in.has(name) {
+	v, ok := in.members[name]
+	if !ok {
 		in.fail(name, "must be given")
-	} else if !ok {
+	} else if !v.isText {
 		in.fail(name, "must be text")
 	}
-	return s
+	return v.text
 }
 
 // check keeps out control characters but tab and newline, and U+FFFD, which
@@ -667,7 +678,7 @@ func (in *input) integer(name string, limit uint64, rule string) int {
 	if !in.has(name) {
 		in.fail(name, "must be given")
 	}
-	n, err := strconv.ParseUint(fmt.Sprint(in.members[name]), 10, 64)
+	n, err := strconv.ParseUint(in.members[name].text, 10, 64)
 	if err != nil || n < 1 || n > limit {
 		in.fail(name, rule)
 	}
