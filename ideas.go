@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"math"
 	"net/http"
 	"slices"
@@ -146,7 +145,7 @@ const (
 )
 
 func (in *input) score(name string) int {
-	return in.integer(name, maxScore, fmt.Sprintf("must be an integer from 1 to %d", maxScore))
+	return in.integer(name, maxScore, "must be an integer from 1 to 10")
 }
 
 // seal checks an idea, from a client or a file, and makes all that follows from
