@@ -247,13 +247,7 @@ func (s *store) commit(c change) error {
 func (s *store) commitQueue() {
 	s.diskMu.Lock()
 	defer s.diskMu.Unlock()
-	runtime.Gosched() // let others join
-
-	s.queueMu.Lock()
-	queue := s.queue
-	s.queue = nil
-	s.queueMu.Unlock()
-
+	queue := s.takeQueue()
 	err := s.appendToJournal(queue)
 
 	s.mu.Lock()
@@ -264,6 +258,21 @@ func (s *store) commitQueue() {
 		}
 		close(c.done)
 	}
+}
+
+// takeQueue lets others join, for as long as some do: an fsync costs the same for
+// all of them as for one.
+func (s *store) takeQueue() (queue []*pending) {
+	s.queueMu.Lock()
+	defer s.queueMu.Unlock()
+	for len(queue) < len(s.queue) {
+		queue = s.queue
+		s.queueMu.Unlock()
+		runtime.Gosched()
+		s.queueMu.Lock()
+	}
+	s.queue = nil
+	return queue
 }
 
 // apply is the only way into memory, at work as in recovery. It decides who
