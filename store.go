@@ -227,7 +227,7 @@ type pending struct {
 // that come at the same time share an fsync: the first of a queue waits for the
 // disk, and stores all who have joined by then.
 func (s *store) commit(c change) error {
-	record, err := json.Marshal(c)
+	record, err := c.record()
 	if err != nil {
 		return err
 	}
@@ -241,6 +241,17 @@ func (s *store) commit(c change) error {
 	}
 	<-mine.done
 	return mine.err
+}
+
+// record is a change in the journal. Of an idea there is the JSON already.
+func (c change) record() ([]byte, error) {
+	switch {
+	case c.Create != nil:
+		return slices.Concat([]byte(`{"create":`), c.Create.record(), []byte("}")), nil
+	case c.Update != nil:
+		return slices.Concat([]byte(`{"update":`), c.Update.record(), []byte("}")), nil
+	}
+	return json.Marshal(c)
 }
 
 // commitQueue makes the changes in the queue durable and then visible.
