@@ -929,22 +929,39 @@ func TestAFullDisk(t *testing.T) {
 	a.survivesAKill("at the end")
 }
 
+// TestBytesOfACreate looks when journals and snapshots together come to most:
+// after a snapshot.
+func TestBytesOfACreate(t *testing.T) {
+	const limit, snapshots = 400, 4
+	var written atomic.Int64
+	weigh := weigh(&written)
+	a := audit(t, func(op, path string, do func() error) error {
+		return noSync(op, path, func() error { return weigh(op, path, do) })
+	})
+	p := person(a.newID())
+	a.must(p.signsUp("a@example.org"))
+	creates := int64(0)
+	for number := a.base; number < snapshots; creates++ {
+		if err := perform(a.store, p.creates(a.newID(), "the-content", 8)); err != nil {
+			t.Fatal(err)
+		}
+		if creates%100 == 0 {
+			settle(a.store)
+			number = a.base
+		}
+	}
+	if each := written.Load() / creates; each > limit {
+		t.Errorf("%d creates took %d bytes each, and %d are the most", creates, each, limit)
+	}
+}
+
 // BenchmarkStore makes ideas durable; disk-B/op counts the bytes of journals
 // and snapshots.
 func BenchmarkStore(b *testing.B) {
 	for _, writers := range []int{1, 16, 64} {
 		b.Run(fmt.Sprintf("create/writers=%d", writers), func(b *testing.B) {
 			var written atomic.Int64
-			a := audit(b, func(op, path string, do func() error) error {
-				if op != "write" {
-					return do()
-				}
-				before, _ := os.Stat(path)
-				err := do()
-				after, _ := os.Stat(path)
-				written.Add(after.Size() - before.Size())
-				return err
-			})
+			a := audit(b, weigh(&written))
 			p := person(a.newID())
 			a.must(p.signsUp("a@example.org"))
 			work := make(chan struct{})
@@ -1384,6 +1401,20 @@ func noSync(op, _ string, do func() error) error {
 		return nil
 	}
 	return do()
+}
+
+// weigh adds up the bytes of all writes.
+func weigh(written *atomic.Int64) step {
+	return func(op, path string, do func() error) error {
+		if op != "write" {
+			return do()
+		}
+		before, _ := os.Stat(path)
+		err := do()
+		after, _ := os.Stat(path)
+		written.Add(after.Size() - before.Size())
+		return err
+	}
 }
 
 // halfWrite is a write that ends as the disk is full.
