@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 )
 
@@ -32,11 +31,11 @@ type idea struct {
 type average float64
 
 func (a average) MarshalJSON() ([]byte, error) {
-	s := strconv.FormatFloat(float64(a), 'f', -1, 64)
-	if !strings.Contains(s, ".") {
-		s += ".0"
+	text := strconv.AppendFloat(nil, float64(a), 'f', -1, 64)
+	if !bytes.Contains(text, []byte(".")) {
+		text = append(text, ".0"...)
 	}
-	return []byte(s), nil
+	return text, nil
 }
 
 const pageSize = 10

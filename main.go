@@ -561,10 +561,9 @@ func readBody(r *http.Request) (map[string]value, error) {
 		return nil, errNotJSON // it did not come whole
 	}
 	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
-	isObject := bytes.HasPrefix(bytes.TrimLeft(body, " \t\r\n"), []byte("{"))
 	switch strings.ToLower(strings.TrimSpace(mediaType)) {
 	case "application/x-www-form-urlencoded":
-		if !isObject { // curl -d '{…}' says that it sends a form
+		if !bytes.HasPrefix(bytes.TrimLeft(body, " \t\r\n"), []byte("{")) { // curl -d '{…}' says that it sends a form
 			return parseQuery(string(body))
 		}
 	case "application/json", "":
