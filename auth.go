@@ -99,10 +99,11 @@ func (s *server) authenticate(r *http.Request, email, password string) (user, er
 // logOut answers DELETE /access-tokens. It ends the refresh token that is
 // given, in the query or the body, and the access token that it came with.
 func (s *server) logOut(w http.ResponseWriter, r *http.Request, u user) error {
-	in := readQuery(r)
-	if in.broken == nil && !in.has("refresh_token") {
-		in = readInput(r)
+	read := readInput
+	if r.URL.Query().Get("refresh_token") != "" {
+		read = readQuery
 	}
+	in := read(r)
 	token := in.secret("refresh_token", maxBody)
 	if err := in.err(); err != nil {
 		return err

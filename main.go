@@ -28,6 +28,7 @@ import (
 	"os"
 	"os/signal"
 	"path"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -122,9 +123,8 @@ type options struct {
 
 var errUsage = errors.New("wrong usage")
 
-// parseFlags reads the command line. What is wrong with it, package flag says
-// on stderr, followed by the usage; the error is then errUsage or
-// [flag.ErrHelp].
+// parseFlags reads the command line. What is wrong with it is said on stderr,
+// followed by the usage; the error is then errUsage, also for [flag.ErrHelp].
 func parseFlags(args []string, stderr io.Writer) (options, error) {
 	o := options{accessTTL: 10 * time.Minute, refreshTTL: 30 * 24 * time.Hour, corsOrigin: "*"}
 	flags := flag.NewFlagSet("ideapool", flag.ContinueOnError)
@@ -138,17 +138,18 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	flags.Func("cors-origin", "", origin(&o.corsOrigin))
 	flags.BoolVar(&o.quiet, "quiet", false, "")
 
-	err := flags.Parse(args)
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		return o, err
-	case err == nil && flags.NArg() > 0:
-		fmt.Fprintf(stderr, "unexpected argument %q\n%s", flags.Arg(0), usage)
-		return o, errUsage
-	case err != nil:
-		return o, errUsage
+	if err := flags.Parse(args); err != nil {
+		return o, errors.Join(errUsage, err)
 	}
-	return o, nil
+	switch {
+	case flags.NArg() > 0:
+		fmt.Fprintf(stderr, "unexpected argument %q\n%s", flags.Arg(0), usage)
+	case o.key == "", filepath.Clean(o.key) == filepath.Clean(o.data):
+		fmt.Fprintf(stderr, "flag -key needs a file of its own\n%s", usage)
+	default:
+		return o, nil
+	}
+	return o, errUsage
 }
 
 // lifetime parses a token's time to live, at least the second in which times
@@ -168,7 +169,7 @@ func origin(o *string) func(string) error {
 	return func(s string) error {
 		*o = s
 		u, err := url.Parse(s)
-		if s == "*" || s == "none" || err == nil && u.Host != "" && s == u.Scheme+"://"+u.Host {
+		if s == "*" || s == "none" || err == nil && u.Host != "" && s == u.Scheme+"://"+strings.ToLower(u.Host) {
 			return nil
 		}
 		return errors.New("must be '*', none, or an origin such as https://example.org")
@@ -560,6 +561,9 @@ func readBody(r *http.Request) (map[string]value, error) {
 	} else if err != nil {
 		return nil, errNotJSON // it did not come whole
 	}
+	if len(body) == 0 && r.Method == http.MethodDelete {
+		return nil, nil
+	}
 	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
 	switch strings.ToLower(strings.TrimSpace(mediaType)) {
 	case "application/x-www-form-urlencoded":
@@ -569,9 +573,6 @@ func readBody(r *http.Request) (map[string]value, error) {
 	case "application/json", "":
 	default:
 		return nil, errMediaType
-	}
-	if len(body) == 0 && r.Method == http.MethodDelete {
-		return nil, nil
 	}
 	return parseObject(body)
 }
