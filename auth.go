@@ -64,11 +64,7 @@ func (s *server) logIn(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	refreshToken, session := s.newSession(u)
-	if err := s.store.logIn(session); err != nil {
-		return err
-	}
-	return s.writeTokens(w, http.StatusCreated, u, refreshToken)
+	return s.startSession(w, u, change{})
 }
 
 // authenticate finds the user who has this e-mail and password. An unknown
@@ -108,12 +104,29 @@ func (s *server) logOut(w http.ResponseWriter, r *http.Request, u user) error {
 	if err := in.err(); err != nil {
 		return err
 	}
-	if err := s.store.logOut(u.ID, keyOf(token)); err != nil {
-		return err
+	if ended, _, _ := s.store.session(keyOf(token)); ended.UserID == u.ID {
+		if err := s.store.commit(change{LogOut: &ended}); err != nil {
+			return err
+		}
 	}
 	s.tokens.revoke(accessToken(r.Header))
 	w.WriteHeader(http.StatusNoContent)
 	return nil
+}
+
+// startSession begins a session of u in the same change as c, and answers its
+// tokens.
+func (s *server) startSession(w http.ResponseWriter, u user, c change) error {
+	random := make([]byte, 50)
+	rand.Read(random) // never fails
+	refreshToken, now := hex.EncodeToString(random), time.Now()
+	c.Session = &session{
+		Key: keyOf(refreshToken), UserID: u.ID, Start: now.Unix(), Expires: now.Add(s.refreshTTL).Unix(),
+	}
+	if err := s.store.commit(c); err != nil {
+		return err
+	}
+	return s.writeTokens(w, http.StatusCreated, u, refreshToken)
 }
 
 // writeTokens answers a new access token and, unless it is empty, the refresh
@@ -127,17 +140,6 @@ func (s *server) writeTokens(w http.ResponseWriter, status int, u user, refreshT
 		JWT          string `json:"jwt"`
 		RefreshToken string `json:"refresh_token,omitempty"`
 	}{token, refreshToken})
-}
-
-// newSession makes a session for u that starts now, and its refresh token.
-func (s *server) newSession(u user) (refreshToken string, _ session) {
-	random := make([]byte, 50)
-	rand.Read(random) // never fails
-	refreshToken = hex.EncodeToString(random)
-	now := time.Now()
-	return refreshToken, session{
-		Key: keyOf(refreshToken), UserID: u.ID, Start: now.Unix(), Expires: now.Add(s.refreshTTL).Unix(),
-	}
 }
 
 // keyOf is what the store knows of a refresh token. It needs no salt: nobody

@@ -52,7 +52,7 @@ func (s *server) createIdea(w http.ResponseWriter, r *http.Request, u user) erro
 	if err := i.seal(); err != nil {
 		return err
 	}
-	if err := s.store.createIdea(i); err != nil {
+	if err := s.store.commit(change{Create: i}); err != nil {
 		return err
 	}
 	writeBody(w, http.StatusCreated, i.json)
@@ -61,7 +61,11 @@ func (s *server) createIdea(w http.ResponseWriter, r *http.Request, u user) erro
 
 // deleteIdea answers DELETE /ideas/{id}.
 func (s *server) deleteIdea(w http.ResponseWriter, r *http.Request, u user) error {
-	if err := s.store.deleteIdea(u.ID, parseSerial(r.PathValue("id"))); err != nil {
+	i, err := s.store.idea(u.ID, parseSerial(r.PathValue("id")))
+	if err != nil {
+		return err
+	}
+	if err := s.store.commit(change{Delete: i}); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -119,7 +123,7 @@ func (s *server) updateIdea(w http.ResponseWriter, r *http.Request, u user) erro
 	if err := i.seal(); err != nil {
 		return err
 	}
-	if err := s.store.updateIdea(i); err != nil {
+	if err := s.store.commit(change{Update: i}); err != nil {
 		return err
 	}
 	writeBody(w, http.StatusOK, i.json)

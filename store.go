@@ -133,42 +133,6 @@ func (s *store) pageOfIdeas(owner serial, page int) (ideas [][]byte, total int) 
 	return s.pools[owner].page(page)
 }
 
-// signUp returns errEmailTaken to all but one of those who come with the same
-// e-mail. Like all changes it returns errNotStored if the disk fails.
-func (s *store) signUp(u user, first session) error {
-	return s.commit(change{User: &u, Session: &first})
-}
-
-func (s *store) logIn(begun session) error {
-	return s.commit(change{Session: &begun})
-}
-
-// logOut ends the session if it is the user's.
-func (s *store) logOut(userID serial, key string) error {
-	if ended, _, ok := s.session(key); !ok || ended.UserID != userID {
-		return nil
-	}
-	return s.commit(change{LogOut: &session{Key: key, UserID: userID}})
-}
-
-func (s *store) createIdea(i *idea) error {
-	return s.commit(change{Create: i})
-}
-
-// updateIdea returns errNoIdea if it is gone by now.
-func (s *store) updateIdea(i *idea) error {
-	return s.commit(change{Update: i})
-}
-
-// deleteIdea returns errNoIdea if there is none, or not of this owner.
-func (s *store) deleteIdea(owner, id serial) error {
-	i, err := s.idea(owner, id)
-	if err != nil {
-		return err
-	}
-	return s.commit(change{Delete: i})
-}
-
 // check returns errNotStored while changes cannot be stored. It tries, as no
 // other change may come, with more than any other takes.
 func (s *store) check() error {
@@ -224,9 +188,11 @@ type pending struct {
 	done   chan struct{} // closed when err is known
 }
 
-// commit stores a change, applies it, and returns what came of it. Changes
-// that come at the same time share an fsync: the first of a queue waits for the
-// disk, and stores all who have joined by then.
+// commit stores a change, applies it, and returns what came of it: errNotStored
+// if the disk fails, errEmailTaken to all but one of those who sign up with the
+// same e-mail, errNoIdea if the idea is gone by now. Changes that come at the
+// same time share an fsync: the first of a queue waits for the disk, and stores
+// all who have joined by then.
 func (s *store) commit(c change) error {
 	record, err := c.record()
 	if err != nil {

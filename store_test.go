@@ -56,7 +56,7 @@ func TestAPlainModelAgrees(t *testing.T) {
 	a.must(person(a.newID()).signsUp("first@example.org"))
 	for n := range 3000 {
 		c := randomChange(r, &a.ledger, a.newID)
-		if got, want := perform(a.store, c), a.ledger.do(c); !errors.Is(got, want) {
+		if got, want := a.commit(c), a.ledger.do(c); !errors.Is(got, want) {
 			t.Fatalf("change %d, %s: %v, want %v", n, inJSON(c), got, want)
 		}
 		if n%1000 == 999 {
@@ -266,7 +266,7 @@ func TestAPutNeverBringsAnIdeaBack(t *testing.T) {
 		if (errs[2] == nil) == (errs[5] == nil) {
 			t.Errorf("two deletions: %v, %v", errs[2], errs[5])
 		}
-		if err := perform(a.store, put); !errors.Is(err, errNoIdea) {
+		if err := a.commit(put); !errors.Is(err, errNoIdea) {
 			t.Errorf("a put after the deletion: %v", err)
 		}
 		a.ledger.do(deletion)
@@ -298,7 +298,7 @@ func TestManyAtOnceBesideCompactions(t *testing.T) {
 			mine := &ledgers[n]
 			c := p.signsUp(p.String() + "@example.org")
 			for n := 0; n < 1500 || written.Load() < 5; n++ {
-				if got, want := perform(a.store, c), mine.do(c); !errors.Is(got, want) {
+				if got, want := a.commit(c), mine.do(c); !errors.Is(got, want) {
 					t.Errorf("%s: %v, want %v", inJSON(c), got, want)
 				}
 				c = randomChange(r, mine, a.newID)
@@ -341,7 +341,7 @@ func TestAnAnswerComesAfterTheSync(t *testing.T) {
 	atOnce(16, func(int) {
 		for range 10 {
 			id := a.newID()
-			if err := perform(a.store, p.creates(id, "tea", 5)); err != nil {
+			if err := a.commit(p.creates(id, "tea", 5)); err != nil {
 				t.Error(err)
 			}
 			disk.mu.Lock()
@@ -369,7 +369,7 @@ func TestNobodySeesWhatIsNotOnDisk(t *testing.T) {
 	slow.Store(true)
 	for _, c := range p.everyChange() {
 		answered := make(chan error)
-		go func() { answered <- perform(a.store, c) }()
+		go func() { answered <- a.commit(c) }()
 		for _, op := range []string{"write", "sync"} {
 			select {
 			case got := <-reached:
@@ -669,7 +669,7 @@ func crashMoments(t *testing.T) (moments []moment) {
 		turn.Lock()
 		defer turn.Unlock()
 		note(true, c)
-		if err := perform(s, c); err != nil {
+		if err := s.commit(c); err != nil {
 			t.Errorf("%s: %v", inJSON(c), err)
 		}
 		note(false)
@@ -793,7 +793,7 @@ func failAt(t *testing.T, name string, disk step) (failed bool) {
 		}
 		a.limit = 500
 		for _, c := range changes {
-			err := perform(a.store, c)
+			err := a.commit(c)
 			for try := 0; err != nil && try < 3; try++ {
 				if !errors.Is(err, errNotStored) {
 					t.Errorf("%s: %s: %v", name, inJSON(c), err)
@@ -802,7 +802,7 @@ func failAt(t *testing.T, name string, disk step) (failed bool) {
 				synctest.Wait() // until it has healed, or tried to
 				a.survivesAKill(name + ", refused")
 				time.Sleep(2 * time.Second) // by synctest's clock
-				err = perform(a.store, c)
+				err = a.commit(c)
 			}
 			if err != nil {
 				t.Fatalf("%s: does not heal", name)
@@ -856,11 +856,11 @@ func TestAJournalThatFailedIsNotWrittenAgain(t *testing.T) {
 			a.must(p.signsUp("a@example.org"))
 			a.must(p.creates(ideaID(1), "tea", 5))
 			phase.Store(failing)
-			refused(perform(a.store, p.creates(ideaID(2), "coffee", 5)))
+			refused(a.commit(p.creates(ideaID(2), "coffee", 5)))
 			phase.Store(abandoned)
 			for second := range int64(3) {
 				for range 50 {
-					refused(perform(a.store, p.updates(ideaID(1), "coffee", 5)))
+					refused(a.commit(p.updates(ideaID(1), "coffee", 5)))
 					refused(a.check())
 				}
 				if want := []int64{1, 3, 4}[second]; made.Load() != want {
@@ -896,7 +896,7 @@ func TestAFullDisk(t *testing.T) {
 
 	full.Store(true)
 	for _, c := range p.everyChange() {
-		if err := perform(a.store, c); !errors.Is(err, errNotStored) {
+		if err := a.commit(c); !errors.Is(err, errNotStored) {
 			t.Errorf("%s: %v", inJSON(c), err)
 		}
 		a.agrees("refused " + inJSON(c))
@@ -942,7 +942,7 @@ func TestBytesOfACreate(t *testing.T) {
 	a.must(p.signsUp("a@example.org"))
 	creates := int64(0)
 	for number := a.base; number < snapshots; creates++ {
-		if err := perform(a.store, p.creates(a.newID(), "the-content", 8)); err != nil {
+		if err := a.commit(p.creates(a.newID(), "the-content", 8)); err != nil {
 			t.Fatal(err)
 		}
 		if creates%100 == 0 {
@@ -969,7 +969,7 @@ func BenchmarkStore(b *testing.B) {
 			for range writers {
 				wg.Go(func() {
 					for range work {
-						if err := perform(a.store, p.creates(a.newID(), "Drink a cup of tea", 1+rand.IntN(10))); err != nil {
+						if err := a.commit(p.creates(a.newID(), "Drink a cup of tea", 1+rand.IntN(10))); err != nil {
 							b.Error(err)
 						}
 					}
@@ -1094,24 +1094,6 @@ func randomChange(r *rand.Rand, l *ledger, newID func() serial) change {
 		return p.updates(id, "changed", 1+r.IntN(10))
 	default:
 		return p.deletes(id)
-	}
-}
-
-// perform makes a change in the way of the handlers.
-func perform(s *store, c change) error {
-	switch {
-	case c.User != nil:
-		return s.signUp(*c.User, *c.Session)
-	case c.Session != nil:
-		return s.logIn(*c.Session)
-	case c.LogOut != nil:
-		return s.logOut(c.LogOut.UserID, c.LogOut.Key)
-	case c.Create != nil:
-		return s.createIdea(c.Create)
-	case c.Update != nil:
-		return s.updateIdea(c.Update)
-	default:
-		return s.deleteIdea(c.Delete.Owner, c.Delete.ID)
 	}
 }
 
@@ -1296,7 +1278,7 @@ func audit(t testing.TB, disk step) *audited {
 // must makes a change and notes it.
 func (a *audited) must(c change) {
 	a.t.Helper()
-	if err := perform(a.store, c); err != nil {
+	if err := a.commit(c); err != nil {
 		a.t.Fatalf("%s: %v", inJSON(c), err)
 	}
 	a.ledger.do(c)
@@ -1307,7 +1289,7 @@ func (a *audited) must(c change) {
 func (a *audited) performAtOnce(inOneLine bool, changes ...change) []error {
 	errs := make([]error, len(changes))
 	if !inOneLine {
-		atOnce(len(changes), func(n int) { errs[n] = perform(a.store, changes[n]) })
+		atOnce(len(changes), func(n int) { errs[n] = a.commit(changes[n]) })
 		return errs
 	}
 	queued := func() int {
@@ -1318,7 +1300,7 @@ func (a *audited) performAtOnce(inOneLine bool, changes ...change) []error {
 	var wg sync.WaitGroup
 	a.diskMu.Lock()
 	for n, c := range changes {
-		wg.Go(func() { errs[n] = perform(a.store, c) })
+		wg.Go(func() { errs[n] = a.commit(c) })
 		for queued() <= n {
 			runtime.Gosched()
 		}
@@ -1724,8 +1706,8 @@ func crowd(t *testing.T) (path string, all []*visitor) {
 		u := user{ID: a.newID(), Email: fmt.Sprintf("%d@example.org", n), Name: "V", Password: noPassword}
 		v := &visitor{user: u, newcomer: n == 0, ideas: make(map[string]string)}
 		for range maxSessions {
-			token, session := (&server{refreshTTL: time.Hour}).newSession(u)
-			c := change{Session: &session}
+			token, now := fmt.Sprintf("%d-%d", n, len(v.tokens)), time.Now()
+			c := change{Session: &session{Key: keyOf(token), UserID: u.ID, Start: now.Unix(), Expires: now.Add(time.Hour).Unix()}}
 			if len(v.tokens) == 0 {
 				c.User = &u
 			}

@@ -41,11 +41,7 @@ func (s *server) signUp(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	u.ID, u.Password = s.store.newID(), hash
-	refreshToken, session := s.newSession(u)
-	if err := s.store.signUp(u, session); err != nil {
-		return err
-	}
-	return s.writeTokens(w, http.StatusCreated, u, refreshToken)
+	return s.startSession(w, u, change{User: &u})
 }
 
 // me answers GET /me.
