@@ -470,16 +470,15 @@ func (s *store) removeJournals(before uint64) error {
 	return err
 }
 
-// journals returns the numbers of those that there are, in order.
+// journals returns the numbers of those that there are.
 func (s *store) journals() (numbers []uint64, err error) {
 	entries, err := os.ReadDir(filepath.Dir(s.path))
 	for _, e := range entries {
-		suffix, ok := strings.CutPrefix(e.Name(), filepath.Base(s.path)+".journal.")
-		if n, err := strconv.ParseUint(suffix, 10, 64); ok && err == nil {
+		n, _ := strconv.ParseUint(strings.TrimPrefix(filepath.Ext(e.Name()), "."), 10, 64)
+		if e.Name() == filepath.Base(s.journalPath(n)) {
 			numbers = append(numbers, n)
 		}
 	}
-	slices.Sort(numbers)
 	return numbers, err
 }
 
@@ -584,21 +583,11 @@ func (s *store) recover() error {
 	if err != nil {
 		return err
 	}
-	next := s.base
-	for _, number := range numbers {
-		switch {
-		case number < s.base:
-			continue // its changes are in the snapshot
-		case s.base > 0 && number > next:
-			return fmt.Errorf("%s is missing", s.journalPath(next))
-		}
+	s.number = slices.Max(append(numbers, s.base))
+	for number := s.base; number <= s.number; number++ {
 		if err := s.replay(number); err != nil {
 			return err
 		}
-		s.number, next = number, number+1
-	}
-	if s.base > 0 && next == s.base {
-		return fmt.Errorf("%s is missing", s.journalPath(next))
 	}
 	return nil
 }
@@ -687,6 +676,8 @@ func (s *store) replay(number uint64) error {
 	path := s.journalPath(number)
 	data, err := os.ReadFile(path)
 	switch {
+	case s.base == 0 && errors.Is(err, fs.ErrNotExist):
+		return nil // there is no FILE, which would name it
 	case err != nil || len(data) == 0:
 		return err
 	case s.base == 0:

@@ -175,6 +175,22 @@ func TestFilesAreForTheirOwnerAlone(t *testing.T) {
 	}
 }
 
+func TestOtherFilesAreLeftAlone(t *testing.T) {
+	a := audit(t, nil)
+	a.must(somebody(1).signsUp("a@example.org"))
+	others := []string{".journal.1", ".journal.000000009", ".journal.x", ".journal.00000009.bak", ".bak"}
+	for _, other := range others {
+		os.WriteFile(a.path+other, []byte("other"), 0o600)
+	}
+	a.restart()
+	a.agrees("after a restart")
+	for _, other := range others {
+		if data, err := os.ReadFile(a.path + other); string(data) != "other" {
+			t.Errorf("%s: %q, %v", other, data, err)
+		}
+	}
+}
+
 func TestOneProcessPerFile(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("there is no flock")
@@ -511,8 +527,8 @@ func TestDamageIsRefused(t *testing.T) {
 		edit("another store", `"store":"`, `"store":"X`, journal2+":1: is damaged"),
 
 		{"no snapshot", func(f files) { delete(f, snapshotName) }, journal2 + " holds changes"},
-		{"no journal 2", func(f files) { delete(f, journal2) }, journal2 + " is missing"},
-		{"no journal", func(f files) { delete(f, journal2); delete(f, journal3) }, journal2 + " is missing"},
+		{"no journal 2", func(f files) { delete(f, journal2) }, journal2 + ": "},
+		{"no journal", func(f files) { delete(f, journal2); delete(f, journal3) }, journal2 + ": "},
 		{"journals swapped", func(f files) { f[journal2], f[journal3] = f[journal3], f[journal2] }, journal2 + ":1: is damaged"},
 		{"a journal twice", func(f files) { f[journal3] = f[journal2] }, journal3 + ":1: is damaged"},
 		{"a torn journal that goes on", func(f files) { f[journal2] = strings.TrimRight(f[journal2], "\n") }, journal3 + " goes on"},
