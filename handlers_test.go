@@ -932,7 +932,7 @@ func TestFields(t *testing.T) {
 		{"POST /users", f(newUser, long("a", 250)+"@b.c"), "201"},
 		{"POST /users", f(newUser, long("a", 251)+"@b.c"), "422 email must be 1 to 254 characters long"},
 		{"POST /users", f(newUser, " "), "422 email must be 1 to 254 characters long"},
-		{"POST /users", `{"email":null,"name":[],"password":12345678}`, "422 email must be text; name must be text; password must be text"},
+		{"POST /users", `{"email":null,"name":[],"password":12345678}`, "422 email must be 1 to 254 characters long; name must be text; password must be text"},
 
 		{"POST /users", f(named, `" J "`), taken},
 		{"POST /users", f(named, `" "`), "422 name" + length},
@@ -960,7 +960,7 @@ func TestFields(t *testing.T) {
 		{"POST /access-tokens", f(logIn, `"a"`, `"\ufffd"`), "422 password" + control},
 		{"POST /access-tokens/refresh", f(refresh, `"x"`), unknown},
 		{"POST /access-tokens/refresh", f(refresh, `"`+long("x", 60_000)+`"`), unknown},
-		{"POST /access-tokens/refresh", f(refresh, `null`), "422 refresh_token must be text"},
+		{"POST /access-tokens/refresh", f(refresh, `null`), "422 refresh_token must be 1 to 65536 bytes long"},
 
 		{"POST /ideas", f(content, `" \u0061\n\tb "`), "201"},
 		{"POST /ideas", f(content, `"`+long("😀", 255)+`"`), "201"},

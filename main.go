@@ -526,35 +526,21 @@ func writeBody(w http.ResponseWriter, status int, body []byte) {
 // query. Each is read by the rule of its field. What is wrong, err tells once
 // all are read.
 type input struct {
-	members map[string]value
+	members map[string]json.RawMessage
 	broken  error // why there are no members
 	failed  fieldErrors
-}
-
-// A value is a text, or the JSON of anything else.
-type value struct {
-	text   string
-	isText bool
-}
-
-func (v *value) UnmarshalJSON(text []byte) error {
-	if v.isText = text[0] == '"'; v.isText {
-		return json.Unmarshal(text, &v.text)
-	}
-	v.text = string(text)
-	return nil
 }
 
 func readInput(r *http.Request) *input { return newInput(readBody(r)) }
 
 func readQuery(r *http.Request) *input { return newInput(parseQuery(r.URL.RawQuery)) }
 
-func newInput(members map[string]value, err error) *input {
+func newInput(members map[string]json.RawMessage, err error) *input {
 	return &input{members: members, broken: err, failed: make(fieldErrors)}
 }
 
 // readBody reads a JSON object or a form. The body of a DELETE may be missing.
-func readBody(r *http.Request) (map[string]value, error) {
+func readBody(r *http.Request) (map[string]json.RawMessage, error) {
 	body, err := io.ReadAll(r.Body)
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return nil, errTooLarge
@@ -580,7 +566,7 @@ func readBody(r *http.Request) (map[string]value, error) {
 // parseObject refuses what encoding/json would let pass: what is not UTF-8, and a
 // name that comes twice. It does not decode into a struct, which would take
 // names in any case.
-func parseObject(body []byte) (members map[string]value, _ error) {
+func parseObject(body []byte) (members map[string]json.RawMessage, _ error) {
 	err := json.Unmarshal(body, &members)
 	switch {
 	case err != nil, members == nil, !utf8.Valid(body):
@@ -613,17 +599,17 @@ func countMembers(object []byte) (count int) {
 }
 
 // parseQuery reads a query or a form. Its members are strings.
-func parseQuery(query string) (map[string]value, error) {
+func parseQuery(query string) (map[string]json.RawMessage, error) {
 	values, err := url.ParseQuery(query)
 	if err != nil {
 		return nil, errNotForm
 	}
-	members := make(map[string]value)
+	members := make(map[string]json.RawMessage)
 	for name, all := range values {
 		if len(all) > 1 {
 			return nil, errTwice
 		}
-		members[name] = value{all[0], true}
+		members[name], _ = json.Marshal(all[0]) // never fails: it is text
 	}
 	return members, nil
 }
@@ -647,14 +633,13 @@ func (in *input) secret(name string, limit int) string {
 	return s
 }
 
-func (in *input) string(name string) string {
-	v, ok := in.members[name]
-	if !ok {
+func (in *input) string(name string) (s string) {
+	if !in.has(name) {
 		in.fail(name, "must be given")
-	} else if !v.isText {
+	} else if json.Unmarshal(in.members[name], &s) != nil {
 		in.fail(name, "must be text")
 	}
-	return v.text
+	return s
 }
 
 // check keeps out control characters but tab and newline, and U+FFFD, which
@@ -678,7 +663,7 @@ func (in *input) integer(name string, limit uint64, rule string) int {
 	if !in.has(name) {
 		in.fail(name, "must be given")
 	}
-	n, err := strconv.ParseUint(in.members[name].text, 10, 64)
+	n, err := strconv.ParseUint(strings.Trim(string(in.members[name]), `"`), 10, 64)
 	if err != nil || n < 1 || n > limit {
 		in.fail(name, rule)
 	}
