@@ -83,11 +83,10 @@ func (s *server) authenticate(r *http.Request, email, password string) (user, er
 		if err := s.guesses.begin(guesser); err != nil {
 			return err // those before in the line have failed
 		}
-		if !isPassword(password, u.Password) {
-			s.guesses.failed(guesser)
+		right := isPassword(password, u.Password)
+		if s.guesses.end(guesser, right); !right {
 			return errWrongLogIn
 		}
-		s.guesses.succeeded(guesser)
 		return nil
 	})
 }
@@ -336,11 +335,15 @@ func (g *guesses) begin(who guesser) error {
 	return nil
 }
 
-// failed counts an attempt, unless begin did.
-func (g *guesses) failed(who guesser) {
+// end forgets all failures after a right attempt, and counts a wrong one, unless
+// begin did.
+func (g *guesses) end(who guesser, right bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if f := g.recent(who); f.count < freeGuesses {
+	switch f := g.recent(who); {
+	case right:
+		delete(g.made, who)
+	case f.count < freeGuesses:
 		g.add(who, f)
 	}
 }
@@ -379,12 +382,6 @@ func waitAfter(failures int) time.Duration {
 		return 0
 	}
 	return min(30*time.Second<<min(failures-freeGuesses, 5), 15*time.Minute)
-}
-
-func (g *guesses) succeeded(who guesser) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	delete(g.made, who)
 }
 
 // maxSessions is how many a user can have; then the oldest ends.
