@@ -55,7 +55,7 @@ type store struct {
 	limit     int64     // the size at which to renew
 	base      uint64    // the journal that FILE names
 	abandoned uint64    // the last journal that must not be written any more, or 0
-	lastHeal  time.Time // when a renew for that was last tried
+	retry     time.Time // no renew before, as the last has failed
 
 	renewing sync.Mutex  // held by the one renew there may be
 	failing  atomic.Bool // the last change could not be stored
@@ -285,7 +285,7 @@ func (s *store) appendToJournal(queue []*pending) error {
 		return nil
 	}
 	if s.abandoned >= s.base { // FILE still needs a journal that cannot go on
-		s.heal()
+		s.renewInBackground()
 		return errNotStored
 	}
 	line, sum := encodeLine(s.sum, queue)
@@ -299,14 +299,6 @@ func (s *store) appendToJournal(queue []*pending) error {
 		s.renewInBackground()
 	}
 	return nil
-}
-
-// heal tries to move to new files, once a second.
-func (s *store) heal() {
-	if time.Since(s.lastHeal) > time.Second {
-		s.lastHeal = time.Now()
-		s.renewInBackground()
-	}
 }
 
 // logHealth logs the first of many failures, and their end.
@@ -367,25 +359,23 @@ func (s *store) journalPath(number uint64) string {
 
 // How the store moves to new files:
 
-// minLimit is the size of a journal, in bytes, below which it is not worth a
-// new snapshot.
-const minLimit = 1 << 20
+// limitAfter is the size of a journal, in bytes, that is worth a new snapshot.
+// With twice the old one, what is written for an idea is less than 400 bytes in
+// all; with once, it came to 450.
+func limitAfter(snapshot int64) int64 { return max(1<<20, 2*snapshot) }
 
-// limitAfter is the size of a journal that is worth one. At twice the last
-// snapshot an idea is written less than 400 bytes long in all; at once, 450.
-func limitAfter(snapshot int64) int64 { return max(minLimit, 2*snapshot) }
-
-// renewInBackground renews while reads and, if they can, changes go on.
+// renewInBackground renews while reads and, if they can, changes go on. After a
+// failure it does so again a second later. The caller holds diskMu.
 func (s *store) renewInBackground() {
-	if !s.renewing.TryLock() {
-		return // one is under way
+	if time.Now().Before(s.retry) || !s.renewing.TryLock() {
+		return
 	}
 	go func() {
 		defer s.renewing.Unlock()
 		if err := s.renew(); err != nil {
 			s.log.Error("cannot renew the files", "error", err)
 			s.diskMu.Lock()
-			s.limit = s.size + minLimit // not at each change from now on
+			s.retry = time.Now().Add(time.Second)
 			s.diskMu.Unlock()
 		}
 	}()
