@@ -150,11 +150,11 @@ func keyOf(refreshToken string) string {
 
 // caller returns the user whose access token came with the request.
 func (s *server) caller(r *http.Request) (user, error) {
-	g, err := s.tokens.verify(accessToken(r.Header))
+	c, err := s.tokens.verify(accessToken(r.Header))
 	if err != nil {
 		return user{}, err
 	}
-	u, ok := s.store.user(g.userID)
+	u, ok := s.store.user(c.UserID)
 	if !ok {
 		return user{}, errToken
 	}

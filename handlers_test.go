@@ -1630,7 +1630,7 @@ func FuzzRequest(f *testing.F) {
 	jack := newClient(f, s)
 	jack.play(signUp)
 	token := jack.names["jwt"]
-	id := must(s.tokens.verify(token)).userID
+	id := must(s.tokens.verify(token)).UserID
 	s.hashing = newGate(0, 0) // hashes take too long here
 	f.Fuzz(func(t *testing.T, method, path, contentType, body string) {
 		u, err := url.ParseRequestURI(path)

@@ -38,8 +38,10 @@ type tokens struct {
 	mu sync.RWMutex
 	// verified remembers good tokens that are not revoked: verifying a signature
 	// costs more than all the rest of a request.
-	verified map[string]grant
-	revoked  map[grant]bool
+	verified map[string]claims
+	// revoked are those logged out. Claims identify a token: those of one user that
+	// expire in the same second are the same to the byte.
+	revoked map[claims]bool
 }
 
 // claims are what a token says, in the order of the API document.
@@ -50,17 +52,10 @@ type claims struct {
 	Name    string `json:"name"`
 }
 
-// A grant is what a token is worth. It identifies the token: those of one user
-// that expire in the same second are the same to the byte.
-type grant struct {
-	userID  serial
-	expires int64 // seconds since 1970
-}
-
 var errToken = errors.New("not a token of ours, or no longer")
 
 func newTokens(key *rsa.PrivateKey, ttl time.Duration) *tokens {
-	return &tokens{key: key, ttl: ttl, verified: make(map[string]grant), revoked: make(map[grant]bool)}
+	return &tokens{key: key, ttl: ttl, verified: make(map[string]claims), revoked: make(map[claims]bool)}
 }
 
 // sign makes a token that says c and expires after the time to live. It is
@@ -74,7 +69,7 @@ func (t *tokens) sign(c claims) (string, error) {
 		return "", err
 	}
 	t.mu.Lock()
-	delete(t.revoked, grant{c.UserID, c.Expires})
+	delete(t.revoked, c)
 	t.mu.Unlock()
 	return unsigned + "." + base64.RawURLEncoding.EncodeToString(signature), nil
 }
@@ -85,85 +80,85 @@ func (c claims) unsigned() string {
 	return tokenHeader + base64.RawURLEncoding.EncodeToString(payload)
 }
 
-// verify returns what token is worth, or errToken, whatever is wrong with it.
-func (t *tokens) verify(token string) (grant, error) {
+// verify returns what token says, or errToken, whatever is wrong with it.
+func (t *tokens) verify(token string) (claims, error) {
 	t.mu.RLock()
-	g, known := t.verified[token]
+	c, known := t.verified[token]
 	t.mu.RUnlock()
 	if !known {
 		var err error
-		if g, err = t.parse(token); err != nil {
-			return grant{}, errToken
+		if c, err = t.parse(token); err != nil {
+			return claims{}, errToken
 		}
 	}
-	if time.Now().Unix() >= g.expires { // refused at that very second (RFC 7519 §4.1.4)
-		return grant{}, errToken
+	if time.Now().Unix() >= c.Expires { // refused at that very second (RFC 7519 §4.1.4)
+		return claims{}, errToken
 	}
-	if !known && !t.admit(token, g) {
-		return grant{}, errToken
+	if !known && !t.admit(token, c) {
+		return claims{}, errToken
 	}
-	return g, nil
+	return c, nil
 }
 
 // parse checks everything about a token that does not change with time, in an
 // order in which nothing is believed before the signature is verified.
-func (t *tokens) parse(token string) (grant, error) {
+func (t *tokens) parse(token string) (claims, error) {
 	encoded, ours := strings.CutPrefix(token, tokenHeader)
 	if !ours || len(token) > maxToken {
-		return grant{}, errToken
+		return claims{}, errToken
 	}
 	encodedPayload, encodedSignature, _ := strings.Cut(encoded, ".")
 	signature, err := base64.RawURLEncoding.DecodeString(encodedSignature)
 	if err != nil {
-		return grant{}, err
+		return claims{}, err
 	}
 	digest := sha256.Sum256([]byte(tokenHeader + encodedPayload))
 	if err := rsa.VerifyPKCS1v15(&t.key.PublicKey, crypto.SHA256, digest[:], signature); err != nil {
-		return grant{}, err
+		return claims{}, err
 	}
 	var c claims
 	payload, err := base64.RawURLEncoding.DecodeString(encodedPayload)
 	if err := errors.Join(err, json.Unmarshal(payload, &c)); err != nil {
-		return grant{}, err
+		return claims{}, err
 	}
 	// What sign would write, to the byte: so no claim is missing, given twice or
 	// of another type, and there are no line ends or last bits that base64 skips.
 	if token != c.unsigned()+"."+base64.RawURLEncoding.EncodeToString(signature) {
-		return grant{}, errToken
+		return claims{}, errToken
 	}
-	return grant{c.UserID, c.Expires}, nil
+	return c, nil
 }
 
 // admit remembers a verified token, unless it is revoked.
-func (t *tokens) admit(token string, g grant) bool {
+func (t *tokens) admit(token string, c claims) bool {
 	const limit = 10_000
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.revoked[g] {
+	if t.revoked[c] {
 		return false
 	}
 	if len(t.verified) >= limit {
 		clear(t.verified)
 	}
-	t.verified[token] = g
+	t.verified[token] = c
 	return true
 }
 
 // revoke ends a token before its time. That is remembered until then, but not
 // over a restart.
 func (t *tokens) revoke(token string) {
-	g, err := t.verify(token)
+	c, err := t.verify(token)
 	if err != nil {
 		return // it has ended already
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	delete(t.verified, token)
-	t.revoked[g] = true
-	time.AfterFunc(time.Until(time.Unix(g.expires, 0)), func() {
+	t.revoked[c] = true
+	time.AfterFunc(time.Until(time.Unix(c.Expires, 0)), func() {
 		t.mu.Lock()
 		defer t.mu.Unlock()
-		delete(t.revoked, g)
+		delete(t.revoked, c)
 	})
 }
 

