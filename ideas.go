@@ -158,15 +158,11 @@ func (i *idea) seal() (err error) {
 	if i.json != nil {
 		return nil // it is sealed already
 	}
-	for _, score := range i.scores() {
-		if score < 1 || score > maxScore {
-			return errContradiction
-		}
-	}
-	if i.ID == 0 || i.Content == "" {
+	scores := i.scores()
+	if i.ID == 0 || i.Content == "" || slices.Min(scores) < 1 || slices.Max(scores) > maxScore {
 		return errContradiction
 	}
-	i.Average = average(i.sum()) / average(len(i.scores()))
+	i.Average = average(i.sum()) / average(len(scores))
 	sealed := *i
 	sealed.Owner = 0
 	i.json, err = json.Marshal(sealed)

@@ -217,7 +217,7 @@ func makeKey(path string) (*rsa.PrivateKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = disk{}.replace(path, func(w io.Writer) error {
+	err = disk(nil).replace(path, func(w io.Writer) error {
 		return pem.Encode(w, &pem.Block{Type: "PRIVATE KEY", Bytes: der})
 	})
 	return key, err

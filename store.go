@@ -183,9 +183,8 @@ func (id *serial) UnmarshalText(text []byte) error {
 // A pending change is on its way to the disk.
 type pending struct {
 	change
-	record []byte // the change in JSON
-	err    error
-	done   chan struct{} // closed when err is known
+	record []byte     // the change in JSON
+	done   chan error // gets what came of it
 }
 
 // commit stores a change, applies it, and returns what came of it: errNotStored
@@ -198,7 +197,7 @@ func (s *store) commit(c change) error {
 	if err != nil {
 		return err
 	}
-	mine := &pending{change: c, record: record, done: make(chan struct{})}
+	mine := &pending{change: c, record: record, done: make(chan error, 1)}
 	s.queueMu.Lock()
 	s.queue = append(s.queue, mine)
 	first := len(s.queue) == 1
@@ -206,8 +205,7 @@ func (s *store) commit(c change) error {
 	if first {
 		s.commitQueue()
 	}
-	<-mine.done
-	return mine.err
+	return <-mine.done
 }
 
 // record is a change in the journal. Of an idea there is the JSON already.
@@ -231,10 +229,11 @@ func (s *store) commitQueue() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, c := range queue {
-		if c.err = err; err == nil {
-			c.err = s.apply(c.change)
+		if err != nil {
+			c.done <- err
+		} else {
+			c.done <- s.apply(c.change)
 		}
-		close(c.done)
 	}
 }
 
@@ -411,16 +410,14 @@ func (s *store) nextJournal() (*snapshot, error) {
 	if s.journal == nil || s.size > 0 || s.abandoned == s.number {
 		path := s.journalPath(s.number + 1)
 		f, err := s.disk.create(path)
-		if err != nil {
-			return nil, err
+		if err == nil {
+			err = s.disk.syncFolder(path)
 		}
-		if err := s.disk.syncFolder(path); err != nil {
+		if err != nil {
 			f.Close()
 			return nil, err
 		}
-		if s.journal != nil {
-			s.journal.Close()
-		}
+		s.journal.Close() // nothing, at the start
 		s.journal, s.number, s.size = f, s.number+1, 0
 		s.sum = s.firstSum(s.number)
 	}
@@ -749,17 +746,15 @@ func (s *store) close() (err error) {
 	return errors.Join(err, s.lock.Close())
 }
 
-// A disk runs each operation that the promise hangs on. Tests set step, to let
-// the n-th one fail.
-type disk struct {
-	step func(op, path string, do func() error) error
-}
+// A disk runs each operation that the promise hangs on. It is nil but in tests,
+// which let the n-th one fail.
+type disk func(op, path string, do func() error) error
 
 func (d disk) do(op, path string, do func() error) error {
-	if d.step == nil {
+	if d == nil {
 		return do()
 	}
-	return d.step(op, path, do)
+	return d(op, path, do)
 }
 
 // create makes an empty file that only its owner can read.

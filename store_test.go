@@ -33,7 +33,7 @@ import (
 // they keep a [ledger], the plainest form of what was acknowledged: whatever
 // happens, the [contents] of the store must be the same text. Things go wrong
 // in three ways: somebody damages [files], an operation on the disk fails
-// (disk.step is the seam), or there is a crash, of which a [platter] knows what
+// ([disk] is the seam), or there is a crash, of which a [platter] knows what
 // it leaves.
 
 func TestEverythingSurvivesARestart(t *testing.T) {
@@ -648,7 +648,7 @@ func TestACrashLosesNothing(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if s.disk.step = disk.step; s.start() != nil {
+		if s.disk = disk.step; s.start() != nil {
 			t.Errorf("%s: does not start", m.name)
 		}
 		disk.before("the end")
@@ -793,7 +793,7 @@ func TestAFailureAtAnyOperation(t *testing.T) {
 }
 
 // failAt leads a life on a disk that fails once, and returns whether it did.
-func failAt(t *testing.T, name string, disk step) (failed bool) {
+func failAt(t *testing.T, name string, disk disk) (failed bool) {
 	watched := func(op, path string, do func() error) error {
 		err := disk(op, path, do)
 		failed = failed || err != nil
@@ -803,7 +803,7 @@ func failAt(t *testing.T, name string, disk step) (failed bool) {
 	path := scratch(t)
 	for _, changes := range life() {
 		a.store = mustOpen(t, path)
-		if a.disk.step = watched; a.start() != nil {
+		if a.disk = watched; a.start() != nil {
 			a.close() // the process ends, and somebody starts another
 			a.store = mustStart(t, path, watched)
 		}
@@ -1275,8 +1275,6 @@ func compare(t testing.TB, name, got, want string) {
 
 // Stores:
 
-type step = func(op, path string, do func() error) error
-
 // An audited store has a ledger beside it.
 type audited struct {
 	*store
@@ -1286,7 +1284,7 @@ type audited struct {
 }
 
 // audit starts a store in a new folder.
-func audit(t testing.TB, disk step) *audited {
+func audit(t testing.TB, disk disk) *audited {
 	t.Helper()
 	return &audited{store: mustStart(t, scratch(t), disk), t: t, scratch: scratch(t)}
 }
@@ -1343,7 +1341,7 @@ func (a *audited) restart() {
 	if err := a.close(); err != nil {
 		a.t.Fatal(err)
 	}
-	a.store = mustStart(a.t, a.path, a.disk.step)
+	a.store = mustStart(a.t, a.path, a.disk)
 }
 
 // mustOpen opens a store that is abandoned at the end of the test.
@@ -1366,10 +1364,10 @@ func abandon(s *store) {
 	s.journal.Close()
 }
 
-func mustStart(t testing.TB, path string, disk step) *store {
+func mustStart(t testing.TB, path string, disk disk) *store {
 	t.Helper()
 	s := mustOpen(t, path)
-	s.disk.step = disk
+	s.disk = disk
 	if err := s.start(); err != nil {
 		t.Fatal(err)
 	}
@@ -1402,7 +1400,7 @@ func noSync(op, _ string, do func() error) error {
 }
 
 // weigh adds up the bytes of all writes.
-func weigh(written *atomic.Int64) step {
+func weigh(written *atomic.Int64) disk {
 	return func(op, path string, do func() error) error {
 		if op != "write" {
 			return do()
