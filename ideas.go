@@ -82,15 +82,10 @@ func (s *server) listIdeas(w http.ResponseWriter, r *http.Request, u user) error
 	if err := in.err(); err != nil {
 		return err
 	}
-	ideas, total := s.store.pageOfIdeas(u.ID, page)
+	list, total := s.store.pageOfIdeas(u.ID, page)
 	w.Header().Set("Link", links(page, total))
-	writeBody(w, http.StatusOK, jsonList(ideas))
+	writeBody(w, http.StatusOK, list)
 	return nil
-}
-
-// jsonList makes a list of what is JSON already.
-func jsonList(elements [][]byte) []byte {
-	return slices.Concat([]byte("["), bytes.Join(elements, []byte(",")), []byte("]"))
 }
 
 // links names the pages beside this one (RFC 8288).
@@ -219,26 +214,28 @@ func find(equals []*idea, i *idea) (at int) {
 	return at
 }
 
-// page returns a page of the list in JSON, and the number of all ideas. The
+// page returns a page of the list, in JSON, and the number of all ideas. The
 // list begins with the highest average, and of equals with the newest.
-func (p pool) page(number int) (ideas [][]byte, total int) {
+func (p pool) page(number int) (list []byte, total int) {
 	for _, equals := range p {
 		total += len(equals)
 	}
 	if number > pagesFor(total) {
-		return nil, total
+		return []byte("[]"), total
 	}
-	ideas = make([][]byte, 0, pageSize)
-	skip := (number - 1) * pageSize
+	list = append(make([]byte, 0, 2048), '[') // most pages have room
+	skip, missing := (number-1)*pageSize, pageSize
 	for _, equals := range slices.Backward(p) {
 		rest := equals[:max(0, len(equals)-skip)]
 		skip -= len(equals) - len(rest)
-		missing := pageSize - len(ideas)
-		for _, i := range slices.Backward(rest[max(0, len(rest)-missing):]) {
-			ideas = append(ideas, i.json)
+		rest = rest[max(0, len(rest)-missing):]
+		missing -= len(rest)
+		for _, i := range slices.Backward(rest) {
+			list = append(append(list, i.json...), ',')
 		}
 	}
-	return ideas, total
+	list[len(list)-1] = ']' // in the place of the last comma
+	return list, total
 }
 
 func pagesFor(ideas int) int { return (ideas + pageSize - 1) / pageSize }

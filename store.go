@@ -126,8 +126,8 @@ func (s *store) idea(owner, id serial) (*idea, error) {
 	return s.findIdea(owner, id)
 }
 
-// pageOfIdeas returns the ideas in JSON, in list order, and the number of all.
-func (s *store) pageOfIdeas(owner serial, page int) (ideas [][]byte, total int) {
+// pageOfIdeas returns a page of the list, in JSON, and the number of all ideas.
+func (s *store) pageOfIdeas(owner serial, page int) (list []byte, total int) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.pools[owner].page(page)
@@ -336,11 +336,11 @@ func (s *store) writeLine(line []byte) error {
 // encodeLine makes a line of the journal: the checksum of all lines so far, so
 // that none can be missing or in another place, a blank, and the changes.
 func encodeLine(sum uint32, queue []*pending) ([]byte, uint32) {
-	records := make([][]byte, len(queue))
-	for n, c := range queue {
-		records[n] = c.record
+	list := []byte("[")
+	for _, c := range queue {
+		list = append(append(list, c.record...), ',')
 	}
-	list := jsonList(records)
+	list[len(list)-1] = ']' // in the place of the last comma
 	sum = crc32.Update(sum, castagnoli(), list)
 	return fmt.Appendf(nil, "%08x %s\n", sum, list), sum
 }

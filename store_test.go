@@ -1233,13 +1233,16 @@ func pages(s *store, owner serial) (all []*idea) {
 }
 
 func listed(s *store, owner serial, page int) (ideas []*idea, total int) {
-	elements, total := s.pageOfIdeas(owner, page)
+	list, total := s.pageOfIdeas(owner, page)
+	var elements []json.RawMessage
+	err := json.Unmarshal(list, &elements)
 	for _, element := range elements {
 		i := &idea{json: element}
-		if err := json.Unmarshal(element, i); err != nil {
-			panic(err)
-		}
+		err = errors.Join(err, json.Unmarshal(element, i))
 		ideas = append(ideas, i)
+	}
+	if err != nil {
+		panic(err)
 	}
 	return ideas, total
 }
