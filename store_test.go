@@ -1083,7 +1083,7 @@ func life() [][]change {
 // somebody else's or gone, or with an e-mail that is taken.
 func randomChange(r *rand.Rand, l *ledger, newID func() serial) change {
 	p := person(l.users[r.IntN(len(l.users))].ID)
-	id, old := newID(), session{}
+	id, old := newID(), session{UserID: serial(p)}
 	if len(l.ideas) > 0 && r.IntN(20) > 0 {
 		id = l.ideas[r.IntN(len(l.ideas))].ID
 	}
