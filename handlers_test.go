@@ -1005,6 +1005,10 @@ func TestFields(t *testing.T) {
 		{"GET /ideas?page=1e1", "", aPage},
 		{"GET /ideas?page=0x1", "", aPage},
 		{"GET /ideas?page=18446744073709551616", "", aPage},
+		{"GET /ideas?page=%zz", "", aPage},
+		{"GET /ideas?page=1;", "", aPage},
+		{"GET /ideas?page=1&page=2", "", aPage},
+		{"GET /ideas?page=1&x=1&x=2", "", "200"},
 	} {
 		c.expect(test.want, test.route, test.body, withToken)
 	}

@@ -5,10 +5,11 @@ import (
 	"cmp"
 	"encoding/json"
 	"errors"
-	"math"
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -74,18 +75,28 @@ func (s *server) deleteIdea(w http.ResponseWriter, r *http.Request, u user) erro
 
 // listIdeas answers GET /ideas with one page.
 func (s *server) listIdeas(w http.ResponseWriter, r *http.Request, u user) error {
-	in := readQuery(r)
-	page := 1
-	if in.has("page") {
-		page = in.integer("page", math.MaxInt, "must be an integer above 0")
-	}
-	if err := in.err(); err != nil {
+	page, err := pageOf(r.URL.RawQuery)
+	if err != nil {
 		return err
 	}
 	list, total := s.store.pageOfIdeas(u.ID, page)
 	w.Header().Set("Link", links(page, total))
 	writeBody(w, http.StatusOK, list)
 	return nil
+}
+
+// pageOf reads the page of a query. Whatever else there is does not matter.
+func pageOf(query string) (int, error) {
+	values, broken := url.ParseQuery(query)
+	pages := values["page"]
+	if broken == nil && pages == nil {
+		return 1, nil
+	}
+	page, err := strconv.ParseUint(strings.Join(pages, " and "), 10, strconv.IntSize-1)
+	if broken != nil || err != nil || page == 0 {
+		return 0, fieldErrors{"page": "must be an integer above 0"}
+	}
+	return int(page), nil
 }
 
 // links names the pages beside this one (RFC 8288).
@@ -130,9 +141,9 @@ func readIdea(r *http.Request) (*idea, error) {
 	in := readInput(r)
 	i := &idea{
 		Content:    in.text("content", maxContent),
-		Impact:     in.score("impact"),
-		Ease:       in.score("ease"),
-		Confidence: in.score("confidence"),
+		Impact:     in.integer("impact", maxScore),
+		Ease:       in.integer("ease", maxScore),
+		Confidence: in.integer("confidence", maxScore),
 	}
 	return i, in.err()
 }
@@ -141,10 +152,6 @@ const (
 	maxContent = 255 // characters
 	maxScore   = 10
 )
-
-func (in *input) score(name string) int {
-	return in.integer(name, maxScore, "must be an integer from 1 to 10")
-}
 
 // seal checks an idea, from a client or a file, and makes all that follows from
 // the rest: the average, and the JSON, which is then served as often as it is

@@ -659,13 +659,12 @@ func (in *input) check(name, s string, length, limit int, unit string) {
 
 // integer reads an integer from 1 to limit, written in digits. Many clients
 // send one as a string, which is as good.
-func (in *input) integer(name string, limit uint64, rule string) int {
+func (in *input) integer(name string, limit int) int {
+	n, err := strconv.ParseUint(strings.Trim(string(in.members[name]), `"`), 10, 16)
 	if !in.has(name) {
 		in.fail(name, "must be given")
-	}
-	n, err := strconv.ParseUint(strings.Trim(string(in.members[name]), `"`), 10, 64)
-	if err != nil || n < 1 || n > limit {
-		in.fail(name, rule)
+	} else if err != nil || n < 1 || int(n) > limit {
+		in.fail(name, fmt.Sprintf("must be an integer from 1 to %d", limit))
 	}
 	return int(n)
 }
