@@ -526,8 +526,8 @@ func writeBody(w http.ResponseWriter, status int, body []byte) {
 // query. Each is read by the rule of its field. What is wrong, err tells once
 // all are read.
 type input struct {
-	members map[string]json.RawMessage
-	broken  error // why there are no members
+	members map[string]json.RawMessage // those of a form or a query are strings
+	broken  error                      // why there are no members
 	failed  fieldErrors
 }
 
@@ -598,7 +598,7 @@ func countMembers(object []byte) (count int) {
 	return count
 }
 
-// parseQuery reads a query or a form. Its members are strings.
+// parseQuery reads a query, or a form, which is written alike.
 func parseQuery(query string) (map[string]json.RawMessage, error) {
 	values, err := url.ParseQuery(query)
 	if err != nil {
@@ -612,11 +612,6 @@ func parseQuery(query string) (map[string]json.RawMessage, error) {
 		members[name], _ = json.Marshal(all[0]) // never fails: it is text
 	}
 	return members, nil
-}
-
-func (in *input) has(name string) bool {
-	_, ok := in.members[name]
-	return ok
 }
 
 // text reads 1 to limit characters, after trimming.
@@ -634,7 +629,7 @@ func (in *input) secret(name string, limit int) string {
 }
 
 func (in *input) string(name string) (s string) {
-	if !in.has(name) {
+	if in.members[name] == nil {
 		in.fail(name, "must be given")
 	} else if json.Unmarshal(in.members[name], &s) != nil {
 		in.fail(name, "must be text")
@@ -661,7 +656,7 @@ func (in *input) check(name, s string, length, limit int, unit string) {
 // send one as a string, which is as good.
 func (in *input) integer(name string, limit int) int {
 	n, err := strconv.ParseUint(strings.Trim(string(in.members[name]), `"`), 10, 16)
-	if !in.has(name) {
+	if in.members[name] == nil {
 		in.fail(name, "must be given")
 	} else if err != nil || n < 1 || int(n) > limit {
 		in.fail(name, fmt.Sprintf("must be an integer from 1 to %d", limit))
