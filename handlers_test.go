@@ -1917,49 +1917,75 @@ type answer struct {
 	body, reason string
 }
 
-// play plays a transcript. It writes each answer as it is wanted, and compares.
+// line is what the answer has in the place of a line of a transcript.
+func (a answer) line(want string) string {
+	name, _, isHeader := strings.Cut(want, ":")
+	switch {
+	case !strings.HasPrefix(want, "< "):
+		return a.body
+	case isHeader:
+		return strings.TrimSpace(name + ": " + a.Header.Get(name[2:]))
+	}
+	return fmt.Sprint("< ", a.StatusCode)
+}
+
+// play plays a transcript, and compares what it has of each answer.
 func (c *client) play(transcript string) {
 	c.t.Helper()
 	_, _, first, _ := runtime.Caller(1)
-	text := regexp.MustCompile(`(?m)^[\t ]*(#.*)?`).ReplaceAllString(transcript+"\n", "")
-	//                      1 request          2 headers     3 body              4 status, headers  5 body
-	step := regexp.MustCompile(`(?m)^> ([A-Z]+ /.*)\n((?:> .+\n)*)((?:[^<>\n].*\n)?)((?:< .+\n)+)((?:[^<>\n].*\n)?)`)
-	if rest := strings.TrimSpace(step.ReplaceAllString(text, "")); rest != "" {
-		c.t.Fatalf("this is no transcript:\n%s", rest)
+	for _, step := range steps(transcript) {
+		a := c.send(step.request, step.body, step.headers...)
+		report, good := "", true
+		for _, want := range step.want {
+			want, got := c.expand(want), a.line(want)
+			good = c.match(want, got) && good
+			report += fmt.Sprintf("want %s\n got %s\n", want, got)
+		}
+		if !good {
+			c.t.Fatalf("line %d:\n> %s %q\n%s\n%s", first+step.line, step.request, step.headers, step.body, report)
+		}
 	}
-	for _, at := range step.FindAllStringSubmatchIndex(text, -1) {
-		part := func(n int) string { return text[at[2*n]:at[2*n+1]] }
-		var headers []string
-		for line := range strings.Lines(part(2)) {
-			headers = append(headers, line[2:])
-		}
-		if part(3) != "" {
-			headers = append(headers, "Content-Type: application/json")
-		}
-		a := c.send(part(1), strings.TrimSpace(part(3)), headers...)
+}
 
-		want, got := part(4)+part(5), fmt.Sprintln("<", a.StatusCode)
-		for _, header := range regexp.MustCompile(`(?m)^< (\S+):`).FindAllStringSubmatch(want, -1) {
-			got += strings.TrimSpace("< "+header[1]+": "+a.Header.Get(header[1])) + "\n"
-		}
-		if part(5) == "" {
-			want += a.body + "\n" // whatever it is
-		}
-		got, want = got+a.body+"\n", c.expand(want)
-		unnamed := regexp.MustCompile(`\\\$(\w+)`).ReplaceAllString(regexp.QuoteMeta(want), `(?P<$1>[^",}\s]+)`)
-		form := regexp.MustCompile("^" + unnamed + "$")
-		values := form.FindStringSubmatch(got)
-		if values == nil {
-			report, gots := "", strings.SplitAfter(got, "\n")
-			for n, line := range slices.Collect(strings.Lines(want)) {
-				report += "want " + line + " got " + gots[n]
-			}
-			c.t.Fatalf("line %d:\n> %s\n%s%s%s", first+strings.Count(text[:at[0]], "\n"), part(1), part(2), part(3), report)
-		}
-		for n, value := range values[1:] {
-			c.names[form.SubexpNames()[n+1]] = value
+// A step is a request, and the lines of its answer.
+type step struct {
+	line          int // in the transcript
+	request, body string
+	headers, want []string
+}
+
+func steps(transcript string) (all []step) {
+	for n, line := range strings.Split(transcript, "\n") {
+		line = strings.TrimSpace(line)
+		sent, isSent := strings.CutPrefix(line, "> ")
+		last := len(all) - 1
+		switch {
+		case line == "", line[0] == '#':
+		case isSent && strings.Contains(sent, " /"):
+			all = append(all, step{line: n, request: sent})
+		case isSent:
+			all[last].headers = append(all[last].headers, sent)
+		case line[0] == '<', all[last].want != nil:
+			all[last].want = append(all[last].want, line)
+		default:
+			all[last].body = line
+			all[last].headers = append(all[last].headers, "Content-Type: application/json")
 		}
 	}
+	return all
+}
+
+// match compares a line with a wanted one, whose new $names it takes over.
+func (c *client) match(want, got string) bool {
+	unnamed := regexp.MustCompile(`\\\$(\w+)`).ReplaceAllString(regexp.QuoteMeta(want), `(?P<$1>[^",}\s]+)`)
+	form := regexp.MustCompile("^" + unnamed + "$")
+	values := form.FindStringSubmatch(got)
+	for n, name := range form.SubexpNames() {
+		if values != nil && name != "" {
+			c.names[name] = values[n]
+		}
+	}
+	return values != nil
 }
 
 // expand puts what was named in the place of the names.
