@@ -21,8 +21,8 @@ import (
 	"golang.org/x/crypto/argon2"
 )
 
-// A session lasts from a log-in until it is logged out or expires. Its refresh
-// token is known to the client alone.
+// A session lasts from a sign-up or log-in until it is logged out or expires, or a
+// hundred others have begun. Its refresh token is known to the client alone.
 type session struct {
 	Key     string `json:"key"` // SHA-256 of the refresh token, in hex
 	UserID  serial `json:"user"`
@@ -71,24 +71,25 @@ func (s *server) logIn(w http.ResponseWriter, r *http.Request) error {
 // e-mail costs the same hash as a wrong password, so that time does not tell
 // them apart.
 func (s *server) authenticate(r *http.Request, email, password string) (user, error) {
-	guesser := guesserOf(r, email)
-	if err := s.guesses.mustWait(guesser); err != nil {
+	who := guesserOf(r, email)
+	if err := s.guesses.mustWait(who); err != nil {
 		return user{}, err
 	}
 	u, known := s.store.userByEmail(email)
 	if !known {
 		u.Password = noPassword
 	}
-	return u, s.hashing.do(r.Context(), func() error {
-		if err := s.guesses.begin(guesser); err != nil {
+	err := s.hashing.do(r.Context(), func() error {
+		if err := s.guesses.begin(who); err != nil {
 			return err // those before in the line have failed
 		}
 		right := isPassword(password, u.Password)
-		if s.guesses.end(guesser, right); !right {
+		if s.guesses.end(who, right); !right {
 			return errWrongLogIn
 		}
 		return nil
 	})
+	return u, err
 }
 
 // logOut answers DELETE /access-tokens. It ends the refresh token that is
@@ -320,8 +321,8 @@ func (g *guesses) mustWait(who guesser) error {
 	return g.made[who].mustWait()
 }
 
-// begin does the same before an attempt. After ten failures the attempt counts
-// as one more until it succeeds, so that those beside it see it and wait.
+// begin begins an attempt, or returns a throttledError. After ten failures the
+// attempt counts as one more in advance, so that others beside it have to wait.
 func (g *guesses) begin(who guesser) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -335,8 +336,8 @@ func (g *guesses) begin(who guesser) error {
 	return nil
 }
 
-// end forgets all failures after a right attempt, and counts a wrong one, unless
-// begin did.
+// end forgets all failures after a right attempt, and counts a wrong one up to the
+// tenth; those after it begin has counted.
 func (g *guesses) end(who guesser, right bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -1709,7 +1709,7 @@ func BenchmarkRequests(b *testing.B) {
 	}{
 		{"me", 16, nil, "", []string{"GET /me"}},
 		{"first page", 16, nil, "", []string{"GET /ideas?page=1"}},
-		{"last page", 16, nil, "", []string{"GET /ideas?page=20"}},
+		{"last page", 16, nil, "", []string{fmt.Sprintf("GET /ideas?page=%d", pagesFor(200))}},
 		{"create", 64, decode, content, []string{"POST /ideas"}},
 		{"update", 64, decode, content, []string{"PUT /ideas/$id"}},
 		{"mixed", 64, decode, content, slices.Concat(lists, []string{"POST /ideas", "PUT /ideas/$id"}, lists, []string{"POST /ideas", "DELETE /ideas/$id"})},

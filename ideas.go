@@ -184,8 +184,9 @@ func (i *idea) record() []byte {
 	return slices.Concat(i.json[:len(i.json)-1], []byte(`,"owner":"`+i.Owner.String()+`"}`))
 }
 
-// A pool is the ideas of one user, by the sum of their scores. Only equals have
-// to be kept in order, the oldest first: a new idea comes in at their end.
+// A pool is the ideas of one user, by the sum of their scores, which orders them
+// as the average does. Only equals have to be kept in order, the oldest first: a
+// new idea comes in at their end.
 type pool [][]*idea
 
 // add returns the pool, which may have grown, as append does.
@@ -215,7 +216,7 @@ func (p pool) replace(old, i *idea) pool {
 
 // find returns where among its equals i is, or would be.
 func find(equals []*idea, i *idea) (at int) {
-	at, _ = slices.BinarySearchFunc(equals, i.ID, func(i *idea, id serial) int { return cmp.Compare(i.ID, id) })
+	at, _ = slices.BinarySearchFunc(equals, i.ID, func(equal *idea, id serial) int { return cmp.Compare(equal.ID, id) })
 	return at
 }
 
@@ -228,7 +229,7 @@ func (p pool) page(number int) (list []byte, total int) {
 	if number > pagesFor(total) {
 		return []byte("[]"), total
 	}
-	list = append(make([]byte, 0, 2048), '[') // most pages have room
+	list = append(make([]byte, 0, pageSize*200), '[') // most pages have room
 	skip, missing := (number-1)*pageSize, pageSize
 	for _, equals := range slices.Backward(p) {
 		rest := equals[:max(0, len(equals)-skip)]

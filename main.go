@@ -5,7 +5,7 @@
 // A request goes from [http.Server] to [server.ServeHTTP], through the route
 // list of [server.routes] to one handler. A handler reads its input, acts, and
 // writes an answer, or returns an error; [response.fail] makes the answer of
-// every error.
+// the error.
 package main
 
 import (
@@ -70,8 +70,8 @@ func main() {
 	os.Exit(1)
 }
 
-// run serves until ctx ends. Whatever can be wrong at the start is found
-// before a file is changed: the steps that only read come first.
+// run serves until ctx ends. What can be wrong at the start is found before a
+// file is changed, other than the lock: the steps that only read come first.
 func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 	o, err := parseFlags(args, stderr)
 	if err != nil {
@@ -124,7 +124,7 @@ type options struct {
 var errUsage = errors.New("wrong usage")
 
 // parseFlags reads the command line. What is wrong with it is said on stderr,
-// followed by the usage; the error is then errUsage, also for [flag.ErrHelp].
+// followed by the usage. The error is errUsage, and for -h also [flag.ErrHelp].
 func parseFlags(args []string, stderr io.Writer) (options, error) {
 	o := options{accessTTL: 10 * time.Minute, refreshTTL: 30 * 24 * time.Hour, corsOrigin: "*"}
 	flags := flag.NewFlagSet("ideapool", flag.ContinueOnError)
@@ -152,8 +152,7 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	return o, errUsage
 }
 
-// lifetime parses a token's time to live, at least the second in which times
-// are counted.
+// lifetime parses a token's time to live. Times are counted in whole seconds.
 func lifetime(ttl *time.Duration) func(string) error {
 	return func(s string) (err error) {
 		if *ttl, err = time.ParseDuration(s); err == nil && *ttl < time.Second {
@@ -163,8 +162,8 @@ func lifetime(ttl *time.Duration) func(string) error {
 	}
 }
 
-// origin parses what a browser sends in the header Origin: scheme, host and
-// port (RFC 6454 §6.2).
+// origin parses '*', none, or what a browser sends in the header Origin: scheme,
+// host and port (RFC 6454 §6.2).
 func origin(o *string) func(string) error {
 	return func(s string) error {
 		*o = s
@@ -308,7 +307,8 @@ func (s *server) private(pattern string, h func(http.ResponseWriter, *http.Reque
 
 const maxBody = 64 << 10 // bytes
 
-// ServeHTTP does what every request needs.
+// ServeHTTP gives each answer its headers and an id, bounds the body, and logs a
+// line.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	id := s.idPrefix + strconv.FormatUint(s.requests.Add(1), 10)
@@ -360,15 +360,15 @@ func (s *server) dispatch(w *response, r *http.Request) {
 	}
 }
 
-// tidyPath serves //ideas and /ideas/ as /ideas. The mux would redirect, which
-// breaks the preflight of browsers.
+// tidyPath serves //ideas and /ideas/ as /ideas. The mux would redirect the first,
+// which browsers do not follow after a preflight, and not know the second.
 func tidyPath(r *http.Request) *http.Request {
 	if p := r.URL.Path; path.Clean(p) == p && p[0] == '/' && r.URL.RawPath == "" {
 		return r
 	}
 	copied := *r
 	copied.URL = &url.URL{Path: path.Clean("/" + r.URL.Path), RawQuery: r.URL.RawQuery}
-	copied.RequestURI = ""
+	copied.RequestURI = "" // the mux refuses a request for *
 	return &copied
 }
 
@@ -523,8 +523,8 @@ func writeBody(w http.ResponseWriter, status int, body []byte) {
 }
 
 // An input is what a client sent: the members of a JSON object, a form or a
-// query. Each is read by the rule of its field. What is wrong, err tells once
-// all are read.
+// query. Each is read by the rule of its field. After that, err returns all that
+// is wrong.
 type input struct {
 	members map[string]json.RawMessage // those of a form or a query are strings
 	broken  error                      // why there are no members
@@ -630,25 +630,25 @@ func (in *input) secret(name string, limit int) string {
 
 func (in *input) string(name string) (s string) {
 	if in.members[name] == nil {
-		in.fail(name, "must be given")
+		in.refuse(name, "must be given")
 	} else if json.Unmarshal(in.members[name], &s) != nil {
-		in.fail(name, "must be text")
+		in.refuse(name, "must be text")
 	}
 	return s
 }
 
-// check keeps out control characters but tab and newline, and U+FFFD, which
-// encoding/json puts in place of what is not Unicode: two passwords could become
-// one.
+// check keeps to a length, and keeps out control characters other than tab and
+// newline. U+FFFD is out, too: encoding/json puts it in place of what is not
+// Unicode, and two passwords could become one.
 func (in *input) check(name, s string, length, limit int, unit string) {
 	if length < 1 || length > limit {
-		in.fail(name, fmt.Sprintf("must be 1 to %d %s long", limit, unit))
+		in.refuse(name, fmt.Sprintf("must be 1 to %d %s long", limit, unit))
 	}
 	unwanted := func(r rune) bool {
 		return r == utf8.RuneError || unicode.IsControl(r) && r != '\t' && r != '\n'
 	}
 	if strings.ContainsFunc(s, unwanted) {
-		in.fail(name, "must not hold control characters or U+FFFD")
+		in.refuse(name, "must not hold control characters or U+FFFD")
 	}
 }
 
@@ -657,15 +657,15 @@ func (in *input) check(name, s string, length, limit int, unit string) {
 func (in *input) integer(name string, limit int) int {
 	n, err := strconv.ParseUint(strings.Trim(string(in.members[name]), `"`), 10, 16)
 	if in.members[name] == nil {
-		in.fail(name, "must be given")
+		in.refuse(name, "must be given")
 	} else if err != nil || n < 1 || int(n) > limit {
-		in.fail(name, fmt.Sprintf("must be an integer from 1 to %d", limit))
+		in.refuse(name, fmt.Sprintf("must be an integer from 1 to %d", limit))
 	}
 	return int(n)
 }
 
-// fail notes what a field must be. The first rule that it breaks counts.
-func (in *input) fail(name, rule string) {
+// refuse notes what a field must be. The first rule that it breaks counts.
+func (in *input) refuse(name, rule string) {
 	if in.failed[name] == "" {
 		in.failed[name] = rule
 	}

@@ -33,15 +33,17 @@ import (
 //	FILE.lock              held by the one process that may use them
 //
 // A change is (1) written to the journal, (2) fsynced, (3) applied to memory
-// and (4) answered. So memory is at every moment what was acknowledged: there
-// is nothing to undo, and recovery, which applies the same changes in the same
-// order, gives the same result. Everything unusual is one operation, renew:
-// begin the next journal, write a snapshot that names it, remove the older
-// journals.
+// and (4) answered. So nobody sees what a crash could take back, there is
+// nothing to undo, and recovery, which applies the same changes in the same
+// order, gives the same result. Everything unusual is one operation, renew
+// (elsewhere called compaction): begin the next journal, write a snapshot that
+// names it, remove the older journals.
 //
 // Locks are taken in the order renewing, diskMu, then queueMu or mu.
 type store struct {
-	mu sync.RWMutex // to read memory, and to apply to it; never held during I/O
+	// mu guards memory, and is never held during I/O. To apply takes diskMu, too:
+	// who holds that may read all but lastID.
+	mu sync.RWMutex
 	memory
 
 	queueMu sync.Mutex
@@ -81,8 +83,9 @@ type memory struct {
 
 // A change is one thing that happened, as the journal has it: with its
 // results, such as ids, times and hashes, and not with what they were made of.
+// One member is set, and for a sign-up two.
 type change struct {
-	User    *user    `json:"user,omitempty"`    // signed up
+	User    *user    `json:"user,omitempty"`    // signed up, and logged in
 	Session *session `json:"session,omitempty"` // logged in
 	LogOut  *session `json:"logout,omitempty"`  // logged out
 	Create  *idea    `json:"create,omitempty"`
@@ -133,8 +136,9 @@ func (s *store) pageOfIdeas(owner serial, page int) (list []byte, total int) {
 	return s.pools[owner].page(page)
 }
 
-// check returns errNotStored while changes cannot be stored. It tries, as no
-// other change may come, with more than any other takes.
+// check returns errNotStored if the last change could not be stored, and still
+// nothing can. It tries, for there may be no other change that would show it, and
+// with more than any other takes.
 func (s *store) check() error {
 	if s.failing.Load() {
 		return s.commit(change{Probe: strings.Repeat("-", maxBody)})
@@ -228,32 +232,33 @@ func (s *store) commitQueue() {
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, c := range queue {
+	for _, p := range queue {
 		if err != nil {
-			c.done <- err
+			p.done <- err
 		} else {
-			c.done <- s.apply(c.change)
+			p.done <- s.apply(p.change)
 		}
 	}
 }
 
-// takeQueue lets others join, for as long as some do: an fsync costs the same for
-// all of them as for one.
-func (s *store) takeQueue() (queue []*pending) {
-	s.queueMu.Lock()
-	defer s.queueMu.Unlock()
-	for len(queue) < len(s.queue) {
-		queue = s.queue
-		s.queueMu.Unlock()
-		runtime.Gosched()
+// takeQueue lets others join for as long as some do, as an fsync costs the same
+// for all of them as for one.
+func (s *store) takeQueue() []*pending {
+	for joined := 0; ; runtime.Gosched() {
 		s.queueMu.Lock()
+		queue := s.queue
+		if len(queue) == joined {
+			s.queue = nil
+			s.queueMu.Unlock()
+			return queue
+		}
+		joined = len(queue)
+		s.queueMu.Unlock()
 	}
-	s.queue = nil
-	return queue
 }
 
-// apply is the only way into memory, at work as in recovery. It decides who
-// loses a race: the loser's change is in the journal, and has no effect.
+// apply makes a change in memory, at work as in recovery. It decides who loses a
+// race: the loser's change is in the journal, and has no effect.
 func (m *memory) apply(c change) error {
 	switch {
 	case c.User != nil && c.Session == nil:
@@ -277,8 +282,8 @@ func (m *memory) apply(c change) error {
 	return nil
 }
 
-// appendToJournal returns once the changes are on disk, or errNotStored and
-// they are not.
+// appendToJournal returns once the changes are on disk, or errNotStored if they
+// cannot get there.
 func (s *store) appendToJournal(queue []*pending) error {
 	if s.path == "" {
 		return nil
@@ -363,8 +368,8 @@ func (s *store) journalPath(number uint64) string {
 // all; with once, it came to 450.
 func limitAfter(snapshot int64) int64 { return max(1<<20, 2*snapshot) }
 
-// renewInBackground renews while reads and, if they can, changes go on. After a
-// failure it does so again a second later. The caller holds diskMu.
+// renewInBackground renews while reads and, if they can, changes go on; after a
+// failure not before a second later. The caller holds diskMu.
 func (s *store) renewInBackground() {
 	if time.Now().Before(s.retry) || !s.renewing.TryLock() {
 		return
@@ -414,10 +419,10 @@ func (s *store) nextJournal() (*snapshot, error) {
 			err = s.disk.syncFolder(path)
 		}
 		if err != nil {
-			f.Close()
+			f.Close() // f may be nil, and so may the journal: there is nothing to close
 			return nil, err
 		}
-		s.journal.Close() // nothing, at the start
+		s.journal.Close()
 		s.journal, s.number, s.size = f, s.number+1, 0
 		s.sum = s.firstSum(s.number)
 	}
@@ -428,7 +433,7 @@ func (s *store) nextJournal() (*snapshot, error) {
 // refer to is replaced, not changed.
 func (s *store) image() *snapshot {
 	image := &snapshot{Format: 1, Store: s.id, Journal: s.number, Users: slices.Collect(maps.Values(s.users))}
-	s.mu.RLock() // newID does without diskMu
+	s.mu.RLock() // newID changes it without diskMu
 	image.LastID = uint64(s.lastID)
 	s.mu.RUnlock()
 	for _, keys := range s.logIns {
@@ -511,7 +516,7 @@ func encodeList[T any](w io.Writer, name string, list []T, encode func(any) ([]b
 		w.Write(text)
 		separator = ",\n"
 	}
-	_, err := io.WriteString(w, "]") // any error of w is still there
+	_, err := io.WriteString(w, "]") // w is buffered, and returns its first error again
 	return err
 }
 
@@ -579,8 +584,8 @@ func (s *store) recover() error {
 	return nil
 }
 
-// readSnapshot reads FILE, if there is one. It refuses what it would not write
-// again.
+// readSnapshot reads FILE, if there is one. It refuses what contradicts itself,
+// and what a newer program may have written.
 func (s *store) readSnapshot() error {
 	data, err := os.ReadFile(s.path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -657,8 +662,8 @@ func sealAll(ideas []*idea) {
 	batches.Wait()
 }
 
-// replay applies a journal. Its last line may be torn: where no later change
-// follows, that was never acknowledged.
+// replay applies a journal. Its last line may be torn; one that no later change
+// follows is taken for one that was never acknowledged.
 func (s *store) replay(number uint64) error {
 	path := s.journalPath(number)
 	data, err := os.ReadFile(path)
@@ -688,8 +693,8 @@ func (s *store) replay(number uint64) error {
 	return nil
 }
 
-// hasLostBlock reports whether a part of the line never reached the disk: a
-// run of zeros up to, or from, the edge of a block. A single zero within is a
+// hasLostBlock guesses whether a part of the line never reached the disk: there
+// are zeros in its place, which JSON does not have. A single one within is a
 // flipped bit.
 func hasLostBlock(line []byte) bool {
 	return bytes.HasPrefix(line, []byte{0}) || bytes.Contains(line, []byte{0, 0})

@@ -515,7 +515,7 @@ func TestDamageIsRefused(t *testing.T) {
 		edit("no content", `"tea"`, `""`, idea1),
 		edit("an id in capitals", `"id":"idea00001"`, `"id":"IDEA00001"`, snapshotName+`: is damaged: the id "IDEA00001" cannot be right`),
 		edit("a short id", `"id":"idea00001"`, `"id":"idea1"`, snapshotName+`: is damaged: the id "idea1" cannot be right`),
-		edit("an id of the year 2290", `"id":"idea00001"`, `"id":"zzzzzzzzz"`, snapshotName+`: an id after "z00000000": cannot be right`),
+		edit("an id of the year 2291", `"id":"idea00001"`, `"id":"zzzzzzzzz"`, snapshotName+`: an id after "z00000000": cannot be right`),
 		edit("a last id that wraps around", `"last_id":`, `"last_id":184466`, snapshotName+`: an id after`),
 		edit("an idea with no id", `"id":"idea00001"`, `"id":null`, snapshotName+`: idea "0": cannot be right`),
 		edit("a user with no id", `"id":"user00001"`, `"id":null`, snapshotName+`: user "0": cannot be right`),

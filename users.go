@@ -70,7 +70,7 @@ func (in *input) email(name string) string {
 	email := in.text(name, maxEmail)
 	address, err := mail.ParseAddress(email)
 	if err != nil || address.Address != email || !emailShape.MatchString(email) {
-		in.fail(name, "must be an e-mail address")
+		in.refuse(name, "must be an e-mail address")
 	}
 	return email
 }
@@ -88,7 +88,7 @@ func (in *input) newPassword(name string) string {
 		!strings.ContainsFunc(password, unicode.IsUpper) ||
 		!strings.ContainsFunc(password, unicode.IsLower) ||
 		!strings.ContainsFunc(password, unicode.IsNumber) {
-		in.fail(name, "must have at least 8 characters, among them an upper-case letter, a lower-case letter and a number")
+		in.refuse(name, "must have at least 8 characters, among them an upper-case letter, a lower-case letter and a number")
 	}
 	return password
 }
