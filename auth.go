@@ -26,8 +26,8 @@ import (
 type session struct {
 	Key     string `json:"key"` // SHA-256 of the refresh token, in hex
 	UserID  serial `json:"user"`
-	Start   int64  `json:"start,omitempty"`   // seconds since 1970
-	Expires int64  `json:"expires,omitempty"` // seconds since 1970
+	Start   int64  `json:"start"`   // seconds since 1970
+	Expires int64  `json:"expires"` // seconds since 1970
 }
 
 var (

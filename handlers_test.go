@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -374,7 +375,8 @@ func TestSameSecond(t *testing.T) {
 
 func TestLifetimes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newClient(t, newTestServer())
+		s := newTestServer()
+		c := newClient(t, s)
 		c.play(signUp)
 		me, refresh := "> GET /me\n> X-Access-Token: $jwt\n", "> POST /access-tokens/refresh\n"+`{"refresh_token":"$refresh"}`+"\n"
 
@@ -386,6 +388,10 @@ func TestLifetimes(t *testing.T) {
 		c.play(refresh + "< 200")
 		time.Sleep(time.Second)
 		c.play(refresh + "< 400")
+		c.expect("201", "POST /access-tokens", `{"email":"jack@test.com","password":"the-Secret-123"}`)
+		if len(s.store.sessions) != 1 {
+			t.Errorf("%d sessions are kept", len(s.store.sessions))
+		}
 	})
 }
 
@@ -709,6 +715,17 @@ func TestFullDisk(t *testing.T) {
 		> GET /healthz
 		< 200
 		{"status":"ok"}
+	`)
+	before := written.Load()
+	c.play(`
+		# Where all is well, nothing is tried.
+		> GET /healthz
+		< 200
+	`)
+	if written.Load() != before {
+		t.Error("a healthy server writes for /healthz")
+	}
+	c.play(`
 		> POST /access-tokens/refresh
 		{"refresh_token":"$refresh"}
 		< 200
@@ -848,6 +865,7 @@ func TestBodies(t *testing.T) {
 		// Names are compared exactly.
 		{"application/json", `{"Content":"a","impact":1,"ease":2,"confidence":3}`, "422 content must be given"},
 		{urlCoded, "Content=a&impact=1&ease=2&confidence=3", "422 content must be given"},
+		{urlCoded, "content=a%22b%5Cc%0Ad%3Ce&impact=1&ease=2&confidence=3", "201"},
 		{urlCoded, "content=a%ff&impact=1&ease=2&confidence=3", "422 content must not hold control characters or U+FFFD"},
 		{urlCoded, "", "422 confidence must be given; content must be given; ease must be given; impact must be given"},
 	} {
@@ -1005,8 +1023,10 @@ func TestFields(t *testing.T) {
 		{"GET /ideas?page=1e1", "", aPage},
 		{"GET /ideas?page=0x1", "", aPage},
 		{"GET /ideas?page=18446744073709551616", "", aPage},
+		{"GET /ideas?page=9223372036854775808", "", aPage},
 		{"GET /ideas?page=%zz", "", aPage},
 		{"GET /ideas?page=1;", "", aPage},
+		{"GET /ideas?page=1&x=%zz", "", "200"},
 		{"GET /ideas?page=1&page=2", "", aPage},
 		{"GET /ideas?page=1&x=1&x=2", "", "200"},
 	} {
@@ -1550,7 +1570,7 @@ func TestBadStarts(t *testing.T) {
 		{"-cors-origin https://Example.org", `invalid value "https://Example.org" for flag -cors-origin: must be '[*]', none, or an origin such as https://example.org`},
 		{"-cors-origin https://example.org/", `invalid value "https://example.org/" for flag -cors-origin: must be '[*]', none, or an origin such as https://example.org`},
 		{"serve", `unexpected argument "serve"`},
-		{"-key ./ideas -data ideas", "flag -key needs a file of its own"},
+		{"-key " + must(filepath.Abs("ideas")) + " -data ideas", "flag -key needs a file of its own"},
 		{"-key= -data ideas", "flag -key needs a file of its own"},
 
 		{"-addr " + busy.Addr().String(), "-addr " + busy.Addr().String() + ": .* in use"},
@@ -1572,6 +1592,8 @@ func TestBadStarts(t *testing.T) {
 		switch {
 		case err == nil:
 			t.Errorf("%s: starts", test.args)
+		case errors.Is(err, errUsage) == strings.HasPrefix(test.want, "-"):
+			t.Errorf("%s: %v", test.args, err)
 		case errors.Is(err, errUsage) && rest != usage:
 			t.Errorf("%s: is not followed by the usage, but\n%s", test.args, rest)
 		case !errors.Is(err, errUsage):
@@ -1590,6 +1612,13 @@ func TestUsage(t *testing.T) {
 	var stderr bytes.Buffer
 	if err := run(t.Context(), []string{"-h"}, &stderr); !errors.Is(err, flag.ErrHelp) || stderr.String() != usage {
 		t.Errorf("-h: %v\n%s", err, &stderr)
+	}
+	for argument, status := range map[string]int{"-h": 0, "-nope": 2} {
+		command := exec.Command(os.Args[0], argument)
+		command.Env = append(os.Environ(), serveEnv+"=1")
+		if command.Run(); command.ProcessState.ExitCode() != status {
+			t.Errorf("%s: %v, want status %d", argument, command.ProcessState, status)
+		}
 	}
 	lines := strings.Split(usage, "\n")
 	for _, line := range lines {

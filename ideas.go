@@ -84,14 +84,15 @@ func (s *server) listIdeas(w http.ResponseWriter, r *http.Request, u user) error
 	return nil
 }
 
-// pageOf reads the page of a query, where what else there is does not matter.
+// pageOf reads the page of a query. What else there is does not matter, unless it
+// is broken and may have been a page.
 func pageOf(query string) (int, error) {
 	values, broken := url.ParseQuery(query)
 	if broken == nil && !values.Has("page") {
 		return 1, nil
 	}
 	page, err := strconv.ParseUint(values.Get("page"), 10, strconv.IntSize-1)
-	if broken != nil || err != nil || page == 0 || len(values["page"]) > 1 {
+	if err != nil || page == 0 || len(values["page"]) > 1 {
 		return 0, fieldErrors{"page": "must be an integer above 0"}
 	}
 	return int(page), nil

@@ -144,12 +144,18 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	switch {
 	case flags.NArg() > 0:
 		fmt.Fprintf(stderr, "unexpected argument %q\n%s", flags.Arg(0), usage)
-	case o.key == "", filepath.Clean(o.key) == filepath.Clean(o.data):
+	case o.key == "", samePath(o.key, o.data):
 		fmt.Fprintf(stderr, "flag -key needs a file of its own\n%s", usage)
 	default:
 		return o, nil
 	}
 	return o, errUsage
+}
+
+func samePath(a, b string) bool {
+	a, err1 := filepath.Abs(a)
+	b, err2 := filepath.Abs(b)
+	return a == b && err1 == nil && err2 == nil
 }
 
 // lifetime parses a token's time to live. Times are counted in whole seconds.

@@ -57,7 +57,7 @@ type store struct {
 	limit     int64     // the size at which to renew
 	base      uint64    // the journal that FILE names
 	abandoned uint64    // the last journal that must not be written any more, or 0
-	retry     time.Time // no renew before, as the last has failed
+	nextRenew time.Time // none before that
 
 	renewing sync.Mutex  // held by the one renew there may be
 	failing  atomic.Bool // the last change could not be stored
@@ -141,7 +141,7 @@ func (s *store) pageOfIdeas(owner serial, page int) (list []byte, total int) {
 // with more than any other takes.
 func (s *store) check() error {
 	if s.failing.Load() {
-		return s.commit(change{Probe: strings.Repeat("-", maxBody)})
+		return s.commit(change{Probe: strings.Repeat("-", 4<<10)})
 	}
 	return nil
 }
@@ -187,8 +187,8 @@ func (id *serial) UnmarshalText(text []byte) error {
 // A pending change is on its way to the disk.
 type pending struct {
 	change
-	record []byte     // the change in JSON
-	done   chan error // gets what came of it
+	text []byte     // its record
+	done chan error // gets what came of it
 }
 
 // commit stores a change, applies it, and returns what came of it: errNotStored
@@ -197,11 +197,11 @@ type pending struct {
 // same time share an fsync: the first of a queue waits for the disk, and stores
 // all who have joined by then.
 func (s *store) commit(c change) error {
-	record, err := c.record()
+	text, err := c.record()
 	if err != nil {
 		return err
 	}
-	mine := &pending{change: c, record: record, done: make(chan error, 1)}
+	mine := &pending{change: c, text: text, done: make(chan error, 1)}
 	s.queueMu.Lock()
 	s.queue = append(s.queue, mine)
 	first := len(s.queue) == 1
@@ -342,8 +342,8 @@ func (s *store) writeLine(line []byte) error {
 // that none can be missing or in another place, a blank, and the changes.
 func encodeLine(sum uint32, queue []*pending) ([]byte, uint32) {
 	list := []byte("[")
-	for _, c := range queue {
-		list = append(append(list, c.record...), ',')
+	for _, p := range queue {
+		list = append(append(list, p.text...), ',')
 	}
 	list[len(list)-1] = ']' // in the place of the last comma
 	sum = crc32.Update(sum, castagnoli(), list)
@@ -366,20 +366,23 @@ func (s *store) journalPath(number uint64) string {
 // limitAfter is the size of a journal, in bytes, that is worth a new snapshot.
 // With twice the old one, what is written for an idea is less than 400 bytes in
 // all; with once, it came to 450.
-func limitAfter(snapshot int64) int64 { return max(1<<20, 2*snapshot) }
+func limitAfter(snapshot int64) int64 { return max(minLimit, 2*snapshot) }
 
-// renewInBackground renews while reads and, if they can, changes go on; after a
-// failure not before a second later. The caller holds diskMu.
+const minLimit = 1 << 20
+
+// renewInBackground renews while reads and, if they can, changes go on, at most
+// once a second. The caller holds diskMu.
 func (s *store) renewInBackground() {
-	if time.Now().Before(s.retry) || !s.renewing.TryLock() {
+	if time.Now().Before(s.nextRenew) || !s.renewing.TryLock() {
 		return
 	}
+	s.nextRenew = time.Now().Add(time.Second)
 	go func() {
 		defer s.renewing.Unlock()
 		if err := s.renew(); err != nil {
 			s.log.Error("cannot renew the files", "error", err)
 			s.diskMu.Lock()
-			s.retry = time.Now().Add(time.Second)
+			s.limit = s.size + minLimit // each time there is a new journal
 			s.diskMu.Unlock()
 		}
 	}()
@@ -576,7 +579,8 @@ func (s *store) recover() error {
 		return err
 	}
 	s.number = slices.Max(append(numbers, s.base))
-	for number := s.base; number <= s.number; number++ {
+	first := cmp.Or(s.base, slices.Min(append(numbers, s.number)))
+	for number := first; number <= s.number; number++ {
 		if err := s.replay(number); err != nil {
 			return err
 		}

@@ -298,7 +298,7 @@ func TestManyAtOnceBesideCompactions(t *testing.T) {
 	a = audit(t, func(op, path string, do func() error) error {
 		switch {
 		case op == "write" && strings.Contains(path, ".journal."):
-			a.limit = 4 << 10 // under diskMu, as this is
+			a.limit, a.nextRenew = 4<<10, time.Time{} // under diskMu, as this is
 		case op == "rename":
 			written.Add(1)
 		}
@@ -550,7 +550,7 @@ func TestDamageIsRefused(t *testing.T) {
 		"a session twice":            somebody(1).logsIn("user00001-0", 10),
 		"a session without its user": somebody(9).logsIn("key", 10),
 	} {
-		line, _ := encodeLine((&store{id: id}).firstSum(3), []*pending{{record: []byte(inJSON(c))}})
+		line, _ := encodeLine((&store{id: id}).firstSum(3), []*pending{{text: []byte(inJSON(c))}})
 		tests = append(tests, damage{"a line with " + name, func(f files) { f[journal3] = string(line) }, journal3 + ":1: cannot be right"})
 	}
 	for _, test := range tests {
@@ -945,13 +945,89 @@ func TestAFullDisk(t *testing.T) {
 	a.survivesAKill("at the end")
 }
 
+// TestChangesShareAnFsync lets 64 people come one after the other. The first must
+// wait for those who follow.
+func TestChangesShareAnFsync(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	var syncs atomic.Int32
+	a := audit(t, func(op, path string, do func() error) error {
+		if op == "sync" && strings.Contains(path, ".journal.") {
+			syncs.Add(1)
+		}
+		return noSync(op, path, do) // takes no time in which others could join
+	})
+	p := person(a.newID())
+	a.must(p.signsUp("a@example.org"))
+	syncs.Store(0)
+	atOnce(64, func(n int) {
+		for range n % 4 {
+			runtime.Gosched()
+		}
+		if err := a.commit(p.creates(ideaID(n), "tea", 5)); err != nil {
+			t.Error(err)
+		}
+	})
+	if n := syncs.Load(); n > 3 {
+		t.Errorf("64 changes at once took %d fsyncs", n)
+	}
+}
+
+// TestProbe looks whether there is no room for any change when there is none for
+// what check writes.
+func TestProbe(t *testing.T) {
+	a := audit(t, noSync)
+	var probe int
+	a.failing.Store(true)
+	before := a.size
+	if err := a.check(); err != nil {
+		t.Fatal(err)
+	}
+	probe = int(a.size - before)
+	longest := change{
+		User:    &user{ID: minSerial, Email: strings.Repeat("&", maxEmail), Name: strings.Repeat("<", maxName), Password: noPassword},
+		Session: &session{Key: keyOf(""), UserID: minSerial, Start: 1e10, Expires: 1e10},
+	}
+	if text, _ := longest.record(); len(text) > probe {
+		t.Errorf("a sign-up may take %d bytes, the probe takes %d", len(text), probe)
+	}
+}
+
+// TestRenewsAreSeldom lets every fsync of a journal fail, so that each change has a
+// new one made, which works.
+func TestRenewsAreSeldom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		snapshots := 0
+		a := audit(t, func(op, path string, do func() error) error {
+			switch {
+			case op == "sync" && strings.Contains(path, ".journal."):
+				return syscall.EIO
+			case op == "rename":
+				snapshots++
+			}
+			return do()
+		})
+		snapshots = 0
+		for range 100 {
+			a.commit(somebody(1).signsUp("a@example.org"))
+			synctest.Wait()
+		}
+		if snapshots != 1 {
+			t.Errorf("there were %d snapshots within a second, want 1", snapshots)
+		}
+	})
+}
+
 // TestBytesOfACreate looks when journals and snapshots together come to most:
 // after a snapshot.
 func TestBytesOfACreate(t *testing.T) {
 	const limit, snapshots = 400, 4
 	var written atomic.Int64
 	weigh := weigh(&written)
-	a := audit(t, func(op, path string, do func() error) error {
+	var a *audited
+	a = audit(t, func(op, path string, do func() error) error {
+		if strings.Contains(path, ".journal.") && op == "write" {
+			a.nextRenew = time.Time{} // under diskMu, as this is
+		}
 		return noSync(op, path, func() error { return weigh(op, path, do) })
 	})
 	p := person(a.newID())
