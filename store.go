@@ -382,7 +382,7 @@ func (s *store) renewInBackground() {
 		if err := s.renew(); err != nil {
 			s.log.Error("cannot renew the files", "error", err)
 			s.diskMu.Lock()
-			s.limit = s.size + minLimit // each time there is a new journal
+			s.limit = s.size + minLimit // each try makes a journal
 			s.diskMu.Unlock()
 		}
 	}()
