@@ -635,10 +635,13 @@ func (in *input) secret(name string, limit int) string {
 }
 
 func (in *input) string(name string) (s string) {
-	if in.members[name] == nil {
+	switch value := in.members[name]; {
+	case value == nil:
 		in.refuse(name, "must be given")
-	} else if json.Unmarshal(in.members[name], &s) != nil {
+	case value[0] != '"':
 		in.refuse(name, "must be text")
+	default:
+		json.Unmarshal(value, &s) // it is valid, see parseObject
 	}
 	return s
 }
@@ -661,7 +664,11 @@ func (in *input) check(name, s string, length, limit int, unit string) {
 // integer reads an integer from 1 to limit, written in digits. Many clients
 // send one as a string, which is as good.
 func (in *input) integer(name string, limit int) int {
-	n, err := strconv.ParseUint(strings.Trim(string(in.members[name]), `"`), 10, 16)
+	digits := string(in.members[name])
+	if strings.HasPrefix(digits, `"`) {
+		digits = in.string(name)
+	}
+	n, err := strconv.ParseUint(digits, 10, 16)
 	if in.members[name] == nil {
 		in.refuse(name, "must be given")
 	} else if err != nil || n < 1 || int(n) > limit {

@@ -422,10 +422,10 @@ func (s *store) nextJournal() (*snapshot, error) {
 			err = s.disk.syncFolder(path)
 		}
 		if err != nil {
-			f.Close() // f may be nil, and so may the journal: there is nothing to close
+			f.Close() // or nothing, where it is nil
 			return nil, err
 		}
-		s.journal.Close()
+		s.journal.Close() // likewise
 		s.journal, s.number, s.size = f, s.number+1, 0
 		s.sum = s.firstSum(s.number)
 	}

@@ -489,6 +489,8 @@ func TestDamageIsRefused(t *testing.T) {
 	)
 	whole, states := chain(t)
 	file, path := whole[snapshotName], scratch(t)
+	_, err := os.Stat(path)
+	missing := errors.Unwrap(err).Error() // in the words of this system
 	compare(t, "undamaged", whole.read(t, path), states[len(states)-1])
 	tests := []damage{
 		snapshot("empty", "", "is damaged"),
@@ -527,8 +529,8 @@ func TestDamageIsRefused(t *testing.T) {
 		edit("another store", `"store":"`, `"store":"X`, journal2+":1: is damaged"),
 
 		{"no snapshot", func(f files) { delete(f, snapshotName) }, journal2 + " holds changes"},
-		{"no journal 2", func(f files) { delete(f, journal2) }, journal2 + ": "},
-		{"no journal", func(f files) { delete(f, journal2); delete(f, journal3) }, journal2 + ": "},
+		{"no journal 2", func(f files) { delete(f, journal2) }, journal2 + ": " + missing},
+		{"no journal", func(f files) { delete(f, journal2); delete(f, journal3) }, journal2 + ": " + missing},
 		{"journals swapped", func(f files) { f[journal2], f[journal3] = f[journal3], f[journal2] }, journal2 + ":1: is damaged"},
 		{"a journal twice", func(f files) { f[journal3] = f[journal2] }, journal3 + ":1: is damaged"},
 		{"a torn journal that goes on", func(f files) { f[journal2] = strings.TrimRight(f[journal2], "\n") }, journal3 + " goes on"},
@@ -976,13 +978,12 @@ func TestChangesShareAnFsync(t *testing.T) {
 // what check writes.
 func TestProbe(t *testing.T) {
 	a := audit(t, noSync)
-	var probe int
 	a.failing.Store(true)
 	before := a.size
 	if err := a.check(); err != nil {
 		t.Fatal(err)
 	}
-	probe = int(a.size - before)
+	probe := int(a.size - before)
 	longest := change{
 		User:    &user{ID: minSerial, Email: strings.Repeat("&", maxEmail), Name: strings.Repeat("<", maxName), Password: noPassword},
 		Session: &session{Key: keyOf(""), UserID: minSerial, Start: 1e10, Expires: 1e10},
@@ -1044,6 +1045,12 @@ func TestBytesOfACreate(t *testing.T) {
 	}
 	if each := written.Load() / creates; each > limit {
 		t.Errorf("%d creates took %d bytes each, and %d are the most", creates, each, limit)
+	}
+	for range 2 {
+		if info, err := os.Stat(a.path); err != nil || a.limit != 2*info.Size() {
+			t.Errorf("the next snapshot comes after %d bytes of journal, for one of %d bytes (%v)", a.limit, info.Size(), err)
+		}
+		a.restart()
 	}
 }
 
