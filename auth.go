@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -12,8 +13,8 @@ import (
 	"math"
 	"net/http"
 	"net/netip"
-	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -21,141 +22,162 @@ import (
 	"golang.org/x/crypto/argon2"
 )
 
-// A session lasts from a sign-up or log-in until it is logged out or expires, or a
-// hundred others have begun. Its refresh token is known to the client alone.
+// maxSessions is how many sessions a user can have; one more ends the oldest.
+const maxSessions = 100
+
+// A session lasts from a sign-up or login until it is logged out or expires. Its
+// refresh token is known to the client alone.
 type session struct {
 	Key     string `json:"key"` // SHA-256 of the refresh token, in hex
-	UserID  serial `json:"user"`
+	UserID  string `json:"user"`
 	Start   int64  `json:"start"`   // seconds since 1970
 	Expires int64  `json:"expires"` // seconds since 1970
 }
 
+// A tokenID identifies an access token: those of one user that expire in the same
+// second are identical.
+type tokenID struct {
+	UserID  string `json:"user"`
+	Expires int64  `json:"exp"` // seconds since 1970
+}
+
+func compareTokens(a, b tokenID) int {
+	return cmp.Or(cmp.Compare(a.UserID, b.UserID), cmp.Compare(a.Expires, b.Expires))
+}
+
+// A logout ends an access token and, if it belongs to the same user, the session
+// with a key.
+type logout struct {
+	tokenID
+	Key string `json:"key,omitempty"`
+}
+
 var (
-	errWrongLogIn   = errors.New("wrong e-mail or password")
+	errWrongLogin   = errors.New("wrong e-mail or password")
 	errRefreshToken = errors.New("the refresh token is unknown, expired or logged out")
-	errBusy         = errors.New("too many people are logging in just now; try again in a moment")
+	errThrottled    = errors.New("too many failed logins")
+	errBusy         = errors.New("too many people are logging in or signing up right now; please try again")
+	errNoToken      = errors.New("too many logouts in a short time; please try again")
 )
 
-// refresh answers POST /access-tokens/refresh. A refresh token that is no good
-// is a 400, as for any token endpoint (RFC 6749 §5.2); clients answer a 401
-// with a refresh, for ever.
+// refresh responds to POST /access-tokens/refresh. A bad refresh token is a 400,
+// as for any token endpoint (RFC 6749 §5.2): clients respond to a 401 with a
+// refresh, and would do so forever.
 func (s *server) refresh(w http.ResponseWriter, r *http.Request) error {
-	in := readInput(r)
+	in := readBody(w, r)
 	token := in.secret("refresh_token", maxBody)
 	if err := in.err(); err != nil {
 		return err
 	}
-	session, u, ok := s.store.session(keyOf(token))
+	session, u, ok := s.store.session(hashToken(token))
 	if !ok || time.Now().Unix() >= session.Expires {
 		return errRefreshToken
 	}
-	return s.writeTokens(w, http.StatusOK, u, "")
+	jwt, err := s.newAccessToken(u)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, tokenResponse{JWT: jwt})
 }
 
-// logIn answers POST /access-tokens.
+// logIn responds to POST /access-tokens.
 func (s *server) logIn(w http.ResponseWriter, r *http.Request) error {
-	in := readInput(r)
-	email := in.text("email", maxEmail)
+	in := readBody(w, r)
+	email := in.text("email", maxBody) // not validated: an invalid one is unknown
 	password := in.secret("password", maxPassword)
 	if err := in.err(); err != nil {
 		return err
 	}
-	u, err := s.authenticate(r, email, password)
+	u, err := s.checkPassword(w, r, email, password)
 	if err != nil {
 		return err
 	}
 	return s.startSession(w, u, change{})
 }
 
-// authenticate finds the user who has this e-mail and password. An unknown
-// e-mail costs the same hash as a wrong password, so that time does not tell
-// them apart.
-func (s *server) authenticate(r *http.Request, email, password string) (user, error) {
-	who := guesserOf(r, email)
-	if err := s.guesses.mustWait(who); err != nil {
-		return user{}, err
-	}
-	u, known := s.store.userByEmail(email)
-	if !known {
-		u.Password = noPassword
-	}
-	err := s.hashing.do(r.Context(), func() error {
-		if err := s.guesses.begin(who); err != nil {
-			return err // those before in the line have failed
-		}
-		right := isPassword(password, u.Password)
-		if s.guesses.end(who, right); !right {
-			return errWrongLogIn
-		}
-		return nil
-	})
-	return u, err
-}
-
-// logOut answers DELETE /access-tokens. It ends the refresh token that is
-// given, in the query or the body, and the access token that it came with.
+// logOut responds to DELETE /access-tokens. The refresh token comes in the query
+// or in the body.
 func (s *server) logOut(w http.ResponseWriter, r *http.Request, u user) error {
-	read := readInput
-	if r.URL.Query().Get("refresh_token") != "" {
-		read = readQuery
+	in := readQuery(r, "refresh_token")
+	if in.members["refresh_token"] == "" {
+		in = readBody(w, r)
 	}
-	in := read(r)
 	token := in.secret("refresh_token", maxBody)
 	if err := in.err(); err != nil {
 		return err
 	}
-	if ended, _, _ := s.store.session(keyOf(token)); ended.UserID == u.ID {
-		if err := s.store.commit(change{LogOut: &ended}); err != nil {
-			return err
-		}
+	c, err := s.tokens.verify(accessToken(r.Header))
+	if err != nil {
+		return err
 	}
-	s.tokens.revoke(accessToken(r.Header))
+	if err := s.store.commit(change{Logout: &logout{c.id(), hashToken(token)}}); err != nil {
+		return err
+	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
 
-// startSession begins a session of u in the same change as c, and answers its
-// tokens.
+// startSession starts a session of u, in one change with a sign-up, if c is one,
+// and responds with its tokens.
 func (s *server) startSession(w http.ResponseWriter, u user, c change) error {
+	token, err := s.newAccessToken(u) // first: after a failure there is no session
+	if err != nil {
+		return err
+	}
 	random := make([]byte, 50)
 	rand.Read(random) // never fails
 	refreshToken, now := hex.EncodeToString(random), time.Now()
 	c.Session = &session{
-		Key: keyOf(refreshToken), UserID: u.ID, Start: now.Unix(), Expires: now.Add(s.refreshTTL).Unix(),
+		Key: hashToken(refreshToken), UserID: u.ID, Start: now.Unix(), Expires: now.Add(s.refreshTTL).Unix(),
 	}
 	if err := s.store.commit(c); err != nil {
 		return err
 	}
-	return s.writeTokens(w, http.StatusCreated, u, refreshToken)
+	return writeJSON(w, http.StatusCreated, tokenResponse{token, refreshToken})
 }
 
-// writeTokens answers a new access token and, unless it is empty, the refresh
-// token.
-func (s *server) writeTokens(w http.ResponseWriter, status int, u user, refreshToken string) error {
-	token, err := s.tokens.sign(claims{UserID: u.ID, Email: u.Email, Name: u.Name})
-	if err != nil {
-		return err
+// A tokenResponse is what a client gets.
+type tokenResponse struct {
+	JWT          string `json:"jwt"`
+	RefreshToken string `json:"refresh_token,omitempty"`
+}
+
+// newAccessToken makes a token. Its expiry differs from that of every logged-out
+// token of the user, which it would otherwise equal.
+func (s *server) newAccessToken(u user) (string, error) {
+	now := time.Now()
+	expires, ok := s.store.freeExpiry(u.ID, now.Unix(), now.Add(s.accessTTL).Unix())
+	if !ok {
+		return "", errNoToken
 	}
-	return writeJSON(w, status, struct {
-		JWT          string `json:"jwt"`
-		RefreshToken string `json:"refresh_token,omitempty"`
-	}{token, refreshToken})
+	return s.tokens.sign(claims{Expires: expires, UserID: u.ID, Email: u.Email, Name: u.Name})
 }
 
-// keyOf is what the store knows of a refresh token. It needs no salt: nobody
-// can guess 50 random bytes.
-func keyOf(refreshToken string) string {
+// hashToken returns what the store knows of a refresh token. It needs no salt:
+// nobody can try all values of 50 random bytes.
+func hashToken(refreshToken string) string {
 	sum := sha256.Sum256([]byte(refreshToken))
 	return hex.EncodeToString(sum[:])
 }
 
-// caller returns the user whose access token came with the request.
-func (s *server) caller(r *http.Request) (user, error) {
+// private wraps a handler that needs a logged-in user.
+func (s *server) private(h func(http.ResponseWriter, *http.Request, user) error) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		u, err := s.authenticate(r)
+		if err != nil {
+			return err
+		}
+		return h(w, r, u)
+	}
+}
+
+// authenticate returns the user whose access token came with the request.
+func (s *server) authenticate(r *http.Request) (user, error) {
 	c, err := s.tokens.verify(accessToken(r.Header))
 	if err != nil {
 		return user{}, err
 	}
-	u, ok := s.store.user(c.UserID)
+	u, ok := s.store.activeUser(c.id())
 	if !ok {
 		return user{}, errToken
 	}
@@ -163,8 +185,8 @@ func (s *server) caller(r *http.Request) (user, error) {
 }
 
 // accessToken returns the token in X-Access-Token, or else in Authorization
-// (RFC 6750 §2.1), there after the word Bearer, in any case (RFC 9110 §11.1).
-// A header that comes twice holds none. X-Access-Token may have the word, too.
+// (RFC 6750 §2.1), there after the word Bearer in any case (RFC 9110 §11.1). A
+// repeated header counts as no token. X-Access-Token may have the word, too.
 func accessToken(h http.Header) string {
 	values, needsScheme := h["X-Access-Token"], false
 	if values == nil {
@@ -183,110 +205,131 @@ func accessToken(h http.Header) string {
 	return ""
 }
 
-// jwks answers GET /.well-known/jwks.json (RFC 7517 §5): with it others can
-// verify tokens, and not make them, which is what RS256 is for.
+// jwks responds to GET /.well-known/jwks.json (RFC 7517 §5). With it other
+// services can verify tokens but not make them, which is what RS256 is for.
 func (s *server) jwks(w http.ResponseWriter, _ *http.Request) error {
 	return writeJSON(w, http.StatusOK, map[string]any{"keys": []any{s.tokens.jwk()}})
 }
 
-// The cost of a hash is what OWASP's Password Storage Cheat Sheet asks for:
-// 19 MiB, and some 20 ms. It stands in each hash, so that it can be raised here.
-const (
-	argonMemory  = 19_456 // KiB
-	argonPasses  = 2
-	argonThreads = 1
-)
+// An argonCost is how hard it is to compute a hash. It is part of each hash, so new
+// hashes can have a higher one.
+type argonCost struct {
+	memory  uint32 // KiB
+	passes  uint32
+	threads uint8
+}
 
-// noPassword costs as much as any hash, and is that of no password.
-const noPassword = "$argon2id$v=19$m=19456,t=2,p=1$AAAAAAAAAAAAAAAAAAAAAA$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+// defaultCost is what OWASP's Password Storage Cheat Sheet asks for. It takes some
+// 20 ms.
+func defaultCost() argonCost { return argonCost{memory: 19_456, passes: 2, threads: 1} }
 
-// hashPassword makes what is kept of a password.
+// checkPassword returns the user who has this e-mail and password. An unknown
+// e-mail costs one hash, as a wrong password does, so that the time does not tell
+// them apart.
+func (s *server) checkPassword(w http.ResponseWriter, r *http.Request, email, password string) (user, error) {
+	a := newAttempt(r, email)
+	if wait := s.throttle.wait(a); wait > 0 {
+		return user{}, throttled(w, wait)
+	}
+	u, known := s.store.userByEmail(email)
+	if !known {
+		u.Password = dummyHash(s.hashCost)
+	}
+	err := s.hashing.do(r.Context(), func() error {
+		if wait := s.throttle.begin(a); wait > 0 {
+			return throttled(w, wait) // others failed while this one waited
+		}
+		right := matches(password, u.Password)
+		if s.throttle.end(a, right); !right {
+			return errWrongLogin
+		}
+		return nil
+	})
+	return u, err
+}
+
+func throttled(w http.ResponseWriter, wait time.Duration) error {
+	seconds := int(math.Ceil(wait.Seconds()))
+	w.Header().Set("Retry-After", strconv.Itoa(seconds))
+	return fmt.Errorf("%w; please try again in %d seconds", errThrottled, seconds)
+}
+
+// hashPassword returns what is kept of a password.
 func (s *server) hashPassword(ctx context.Context, password string) (hash string, err error) {
 	err = s.hashing.do(ctx, func() error {
 		salt := make([]byte, 16)
 		rand.Read(salt) // never fails
-		hash = argonHash(password, salt, argonMemory, argonPasses, argonThreads)
+		hash = argonHash(password, salt, s.hashCost)
 		return nil
 	})
 	return hash, err
 }
 
-// argonHash is in the PHC string format (https://github.com/P-H-C/phc-string-format).
-func argonHash(password string, salt []byte, memory, passes uint32, threads uint8) string {
-	sum := argon2.IDKey([]byte(password), salt, passes, memory, threads, 32)
-	encode := base64.RawStdEncoding.EncodeToString
-	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s",
-		argon2.Version, memory, passes, threads, encode(salt), encode(sum))
+func argonHash(password string, salt []byte, cost argonCost) string {
+	sum := argon2.IDKey([]byte(password), salt, cost.passes, cost.memory, cost.threads, 32)
+	return formatHash(cost, salt, sum)
 }
 
-// isPassword makes the hash again, with the salt and the cost of the old one.
-func isPassword(password, hash string) bool {
-	var (
-		memory, passes uint32
-		threads        uint8
-	)
+// formatHash uses the PHC string format
+// (https://github.com/P-H-C/phc-string-format).
+func formatHash(cost argonCost, salt, sum []byte) string {
+	encode := base64.RawStdEncoding.EncodeToString
+	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s",
+		argon2.Version, cost.memory, cost.passes, cost.threads, encode(salt), encode(sum))
+}
+
+// dummyHash costs as much to check as a real hash, but no password matches it.
+func dummyHash(cost argonCost) string { return formatHash(cost, make([]byte, 16), make([]byte, 32)) }
+
+// matches computes the hash again, with the salt and the cost of the old one.
+func matches(password, hash string) bool {
+	var cost argonCost
 	parts := strings.Split(hash, "$") // "", argon2id, v=19, the cost, salt, sum
 	if len(parts) != 6 {
 		return false
 	}
-	_, err1 := fmt.Sscanf(parts[3], "m=%d,t=%d,p=%d", &memory, &passes, &threads)
+	_, err1 := fmt.Sscanf(parts[3], "m=%d,t=%d,p=%d", &cost.memory, &cost.passes, &cost.threads)
 	salt, err2 := base64.RawStdEncoding.DecodeString(parts[4])
-	if err1 != nil || err2 != nil || passes < 1 || threads < 1 {
+	if err1 != nil || err2 != nil || cost.passes < 1 || cost.threads < 1 {
 		return false
 	}
-	again := argonHash(password, salt, memory, passes, threads)
+	again := argonHash(password, salt, cost)
 	return subtle.ConstantTimeCompare([]byte(again), []byte(hash)) == 1
 }
 
-// A gate lets few hashes be computed at a time, and few people wait for it.
-// With no gate, 48 people who log in at once stop everybody else, and take
-// 1 GB of memory.
-type gate struct {
-	line  chan struct{} // all who are in, at work or waiting
-	slots chan struct{} // those at work
-}
+// A semaphore limits how many hashes are computed at a time. Without it, 48
+// logins at once would slow down everybody else and take 1 GB of memory.
+type semaphore chan struct{}
 
-func newGate(slots, waiting int) gate {
-	return gate{line: make(chan struct{}, slots+waiting), slots: make(chan struct{}, slots)}
-}
-
-// do runs work as soon as there is a slot. It returns errBusy if the line is
-// full or the wait too long.
-func (g gate) do(ctx context.Context, work func() error) error {
-	select {
-	case g.line <- struct{}{}:
-		defer func() { <-g.line }()
-	default:
-		return errBusy
-	}
+// do runs work as soon as a slot is free. It returns errBusy if that takes more
+// than 5 seconds, or the client has gone.
+func (s semaphore) do(ctx context.Context, work func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	select {
-	case g.slots <- struct{}{}:
-		defer func() { <-g.slots }()
-		if runtime.GOMAXPROCS(0) == 1 {
-			// Go would let work have the only core for 10 ms at a time. With a second
-			// thread for all else, the kernel shares it out fairly. Then 1 again, as
-			// two cost each request a tenth.
-			defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2))
-		}
+	case s <- struct{}{}:
+		defer func() { <-s }()
 		return work()
-	case <-ctx.Done(): // also when the client has gone
+	case <-ctx.Done():
 		return errBusy
 	}
 }
 
-// guesses throttles failed log-ins: after ten, a guesser must wait, and has one
-// attempt at a time; each further failure doubles the wait. Others log in as
-// usual.
-type guesses struct {
-	mu   sync.Mutex
-	made map[guesser]failures
+// freeFailures is how many logins may fail before there is a wait.
+const freeFailures = 10
+
+// A loginThrottle slows down attacks on passwords: after ten failures an attempt
+// must wait, and only one can be made at a time; each further failure doubles the
+// wait. Other people log in as usual.
+type loginThrottle struct {
+	mu       sync.Mutex
+	failures map[attempt]failures
 }
 
-// A guesser is somebody at one address who tries one e-mail, known or not.
-type guesser struct {
-	email  string
+// An attempt identifies login attempts by e-mail, known or not, and client
+// address.
+type attempt struct {
+	email  string // its SHA-256, as an e-mail may be long
 	client netip.Prefix
 }
 
@@ -295,120 +338,150 @@ type failures struct {
 	until time.Time // no attempt before
 }
 
-// guesserOf goes by the address of the connection: what a client says of
-// itself, as in X-Forwarded-For, would be a way around.
-func guesserOf(r *http.Request, email string) guesser {
+// newAttempt uses the address of the connection. A client could write anything
+// into a header such as X-Forwarded-For.
+func newAttempt(r *http.Request, email string) attempt {
 	from, _ := netip.ParseAddrPort(r.RemoteAddr)
 	addr, bits := from.Addr(), 32
 	if addr.Is6() {
 		bits = 64 // what one household has (RFC 6177)
 	}
 	client, _ := addr.Prefix(bits)
-	return guesser{strings.ToLower(email), client}
+	return attempt{hashToken(normalizeEmail(email)), client}
 }
 
-// A throttledError is the number of seconds that a guesser has yet to wait.
-type throttledError int
-
-func (e throttledError) Error() string {
-	return fmt.Sprintf("too many failed log-ins; try again in %d seconds", int(e))
+// wait returns how long an attempt must wait.
+func (t *loginThrottle) wait(a attempt) time.Duration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return time.Until(t.failures[a].until)
 }
 
-// mustWait returns a throttledError while the guesser must wait.
-func (g *guesses) mustWait(who guesser) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.made[who].mustWait()
-}
-
-// begin begins an attempt, or returns a throttledError. After ten failures the
-// attempt counts as one more in advance, so that others beside it have to wait.
-func (g *guesses) begin(who guesser) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	f := g.recent(who)
-	if err := f.mustWait(); err != nil {
-		return err
+// begin begins an attempt, or returns how long it must wait. After ten failures an
+// attempt is counted as a failure before it is checked, so that others at the same
+// time must wait.
+func (t *loginThrottle) begin(a attempt) time.Duration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	f := t.recent(a)
+	if wait := time.Until(f.until); wait > 0 {
+		return wait
 	}
-	if f.count >= freeGuesses {
-		g.add(who, f)
+	if f.count >= freeFailures {
+		t.add(a, f)
 	}
-	return nil
+	return 0
 }
 
-// end forgets all failures after a right attempt, and counts a wrong one up to the
-// tenth; those after it begin has counted.
-func (g *guesses) end(who guesser, right bool) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	switch f := g.recent(who); {
-	case right:
-		delete(g.made, who)
-	case f.count < freeGuesses:
-		g.add(who, f)
+// end forgets all failures after a success. It counts a failure up to the tenth;
+// later ones were counted by begin.
+func (t *loginThrottle) end(a attempt, success bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch f := t.recent(a); {
+	case success:
+		delete(t.failures, a)
+	case f.count < freeFailures:
+		t.add(a, f)
 	}
 }
 
 // recent forgets the failures an hour after the last wait.
-func (g *guesses) recent(who guesser) failures {
-	f := g.made[who]
+func (t *loginThrottle) recent(a attempt) failures {
+	f := t.failures[a]
 	if time.Since(f.until) > time.Hour {
 		return failures{}
 	}
 	return f
 }
 
-func (g *guesses) add(who guesser, f failures) {
-	const limit = 50_000 // 20 MB; then all are forgotten
-	if _, known := g.made[who]; !known && len(g.made) >= limit {
-		clear(g.made)
+func (t *loginThrottle) add(a attempt, f failures) {
+	const limit = 50_000 // some 20 MB; then all are forgotten
+	if _, known := t.failures[a]; !known && len(t.failures) >= limit {
+		clear(t.failures)
 	}
 	f.count++
 	f.until = time.Now().Add(waitAfter(f.count))
-	g.made[who] = f
+	t.failures[a] = f
 }
-
-func (f failures) mustWait() error {
-	if wait := time.Until(f.until); wait > 0 {
-		return throttledError(math.Ceil(wait.Seconds()))
-	}
-	return nil
-}
-
-const freeGuesses = 10
 
 // waitAfter is 30 seconds after ten failures, and doubles up to 15 minutes.
 func waitAfter(failures int) time.Duration {
-	if failures < freeGuesses {
+	if failures < freeFailures {
 		return 0
 	}
-	return min(30*time.Second<<min(failures-freeGuesses, 5), 15*time.Minute)
+	return min(30*time.Second<<min(failures-freeFailures, 5), 15*time.Minute)
 }
 
-// maxSessions is how many a user can have; then the oldest ends.
-const maxSessions = 100
-
-// addSession applies a log-in. What has expired goes by the times in the
-// records, so that a recovery gives the same result.
-func (m *memory) addSession(s session) error {
-	_, twice := m.sessions[s.Key]
-	if _, known := m.users[s.UserID]; twice || !known {
-		return errContradiction
+// activeUser returns the user of an access token that was not logged out.
+func (s *store) activeUser(token tokenID) (user, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	a, known := s.accounts[token.UserID]
+	if _, loggedOut := s.loggedOut[token]; loggedOut || !known {
+		return user{}, false
 	}
-	mine := m.logIns[s.UserID]
-	for len(mine) > 0 && (len(mine) >= maxSessions || m.sessions[mine[0]].Expires <= s.Start) {
-		delete(m.sessions, mine[0])
-		mine = mine[1:]
+	return a.user, true
+}
+
+// session returns the session with a key, and its user.
+func (s *store) session(key string) (session, user, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if found, ok := s.sessions[key]; ok {
+		return *found, s.accounts[found.UserID].user, true
+	}
+	return session{}, user{}, false
+}
+
+// freeExpiry returns the latest second after now, and at most latest, that is not
+// the expiry of a logged-out token of the user.
+func (s *store) freeExpiry(userID string, now, latest int64) (expires int64, ok bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for expires = latest; expires > now; expires-- {
+		if _, taken := s.loggedOut[tokenID{userID, expires}]; !taken {
+			return expires, true
+		}
+	}
+	return 0, false
+}
+
+// addSession applies a login. Which sessions have expired depends on the times in
+// the changes alone, so that a start has the same result.
+func (m *memory) addSession(s *session) error {
+	a := m.accounts[s.UserID]
+	if m.sessions[s.Key] != nil || a == nil {
+		return errInconsistent
+	}
+	for _, old := range slices.Clone(a.sessions) {
+		if old.Expires <= s.Start {
+			m.endSession(old)
+		}
+	}
+	if len(a.sessions) >= maxSessions {
+		m.endSession(a.sessions[0])
 	}
 	m.sessions[s.Key] = s
-	m.logIns[s.UserID] = append(mine, s.Key)
+	a.sessions = append(a.sessions, s)
 	return nil
 }
 
-// removeSession applies a log-out. There may be nothing to end.
-func (m *memory) removeSession(userID serial, key string) {
-	if m.sessions[key].UserID == userID {
-		delete(m.sessions, key)
-		m.logIns[userID] = slices.DeleteFunc(m.logIns[userID], func(k string) bool { return k == key })
+// logOut applies a logout. There may be no session to end.
+func (m *memory) logOut(l logout) error {
+	a := m.accounts[l.UserID]
+	if a == nil {
+		return errInconsistent
 	}
+	if s := m.sessions[l.Key]; s != nil && s.UserID == l.UserID {
+		m.endSession(s)
+	}
+	m.loggedOut[tokenID{a.user.ID, l.Expires}] = struct{}{} // the same string, not a copy
+	return nil
+}
+
+func (m *memory) endSession(s *session) {
+	delete(m.sessions, s.Key)
+	a := m.accounts[s.UserID]
+	a.sessions = slices.DeleteFunc(a.sessions, func(other *session) bool { return other == s })
 }

@@ -23,9 +23,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -67,13 +65,12 @@ var exercise = flag.String("exercise", "", "the `number` of an exercise that mus
 // pass. With -exercise 2, only the second is played, and must pass. With
 // -exercise none, all must fail: CI uses it on the main branch.
 func TestExercise(t *testing.T) {
-	played := 0
-	for _, path := range must(filepath.Glob("testdata/exercises/*.txt")) {
-		number, _, _ := strings.Cut(filepath.Base(path), "-")
-		if *exercise != "" && *exercise != "none" && *exercise != number {
-			continue
-		}
-		played++
+	number := cmp.Or(strings.TrimPrefix(*exercise, "none"), "*")
+	paths := must(filepath.Glob("testdata/exercises/" + number + "-*.txt"))
+	if len(paths) == 0 {
+		t.Errorf("-exercise %s: there is no such transcript", *exercise)
+	}
+	for _, path := range paths {
 		t.Run(filepath.Base(path), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				failed, err := play(t, path)
@@ -88,21 +85,73 @@ func TestExercise(t *testing.T) {
 			})
 		})
 	}
-	if played == 0 {
-		t.Errorf("-exercise %s: there is no such transcript", *exercise)
+}
+
+// TestNoRouteIsForgotten fails if a new route has no transcript in testdata/api in
+// which it succeeds, or no row in the README's table of routes.
+func TestNoRouteIsForgotten(t *testing.T) {
+	s, played := newTestServer(t), make(map[string]bool)
+	for _, path := range must(filepath.Glob("testdata/api/*.txt")) {
+		for _, step := range readTranscript(path) {
+			if step.want != nil && strings.HasPrefix(step.want[0], "< 2") {
+				method, target, _ := strings.Cut(step.request, " ")
+				_, pattern := s.mux.Handler(cleanPath(httptest.NewRequest(method, target, nil)))
+				played[pattern] = true
+			}
+		}
+	}
+	_, table, _ := strings.Cut(readme(), "\n## API reference\n")
+	for _, pattern := range s.patterns {
+		if !played[pattern] {
+			t.Errorf("%s: there is no transcript of it in testdata/api", pattern)
+		}
+		if !strings.Contains(table, "\n| `"+pattern+"` |") {
+			t.Errorf("%s: it is not in the table of routes in README.md", pattern)
+		}
 	}
 }
+
+// TestNewRoutes adds routes, with a new method and with a literal next to a
+// wildcard. They show wherever there is a list of methods.
+func TestNewRoutes(t *testing.T) {
+	s := newTestServer(t)
+	done := func(w http.ResponseWriter, _ *http.Request) error { return writeJSON(w, http.StatusOK, "done") }
+	s.handle("PATCH /me", done)
+	s.handle("GET /ideas/export", done)
+	c := newClient(t, s)
+	for request, want := range map[string]string{
+		"PATCH /me":          "200 ",
+		"GET /ideas/export":  "200 ",
+		"DELETE /me":         "405 GET, HEAD, PATCH",
+		"POST /ideas/export": "405 DELETE, GET, HEAD, PUT",
+	} {
+		resp := c.send(request, "")
+		if got := fmt.Sprint(resp.StatusCode, " ", resp.Header.Get("Allow")); got != want {
+			t.Errorf("%s: got %q, want %q", request, got, want)
+		}
+	}
+	for _, request := range append(requests(s), "GET /nowhere", "GET /", "GET //ideas/") {
+		_, path, _ := strings.Cut(request, " ")
+		resp := c.send("OPTIONS "+path, "")
+		got := fmt.Sprint(resp.StatusCode, " ", resp.Header.Get("Access-Control-Allow-Methods"))
+		if want := "204 DELETE, GET, PATCH, POST, PUT"; got != want {
+			t.Errorf("OPTIONS %s: got %q, want %q", path, got, want)
+		}
+	}
+}
+
+func readme() string { return strings.ReplaceAll(string(must(os.ReadFile("README.md"))), "\r", "") }
 
 // TestTour plays the curl lines of the README's tour. Each response must be the
 // one shown there, except for ids, times and tokens.
 func TestTour(t *testing.T) {
 	c := newClient(t, newTestServer(t))
-	_, tour, _ := strings.Cut(strings.ReplaceAll(string(must(os.ReadFile("README.md"))), "\r", ""), "## A tour")
+	_, tour, _ := strings.Cut(readme(), "## A tour")
 	_, tour, _ = strings.Cut(tour, "```sh\n")
 	tour, _, _ = strings.Cut(tour, "```")
 	varying := regexp.MustCompile(`"(jwt|refresh_token|id)":"[^"]*"|"created_at":\d+`)
 	//                           NAME=$(   curl ARGUMENTS | sed …"MEMBER"…   # response
-	lines := regexp.MustCompile(`(?:(\w+)=\$\()?curl (.*?)(?: \| .*"(\w+)".*)?\n(?:# (.*)\n)?`).FindAllStringSubmatch(tour, -1)
+	lines := regexp.MustCompile(`(?:(\w+)=\$\()?curl (.*?)(?: \| .*"(\w+)".*)?\n(?:# ([{[].*)\n)?`).FindAllStringSubmatch(tour, -1)
 	for _, line := range lines {
 		name, arguments, wanted, want := line[1], line[2], line[3], line[4]
 		got := c.curl(arguments)
@@ -135,101 +184,28 @@ func (c *client) curl(arguments string) string {
 }
 
 // Tables, with one line for each kind of request:
-// allRoutes has a request for each route.
-var allRoutes = []string{
-	"POST /access-tokens/refresh", "POST /access-tokens", "DELETE /access-tokens", "GET /me", "POST /ideas",
-	"DELETE /ideas/x", "GET /ideas", "PUT /ideas/x", "POST /users", "GET /.well-known/jwks.json", "GET /healthz",
-}
-
 const (
 	withToken   = "X-Access-Token: $jwt" // see client.signUp
 	anIdea      = `{"content":"a","impact":1,"ease":2,"confidence":3}`
 	jacksLogin  = `{"email":"jack@test.com","password":"the-Secret-123"}`
 	jacksSignUp = `{"email":"jack@test.com","name":"Jack","password":"the-Secret-123"}`
-	emailTaken  = "409 there is a user with this e-mail already" // the fields are valid
 	wrongLogin  = "400 wrong e-mail or password"
-	noToken     = "401 you can not pass!"
 )
 
-func TestTokenHeaders(t *testing.T) {
-	s := newTestServer(t)
-	c := newClient(t, s)
-	c.signUp()
-	c.names["nobodys"] = must(s.tokens.sign(claims{UserID: parseSerial("zzzzzzzzz")}))
-	for _, test := range [][]string{ // the response, and the headers
-		{"200", "X-Access-Token: $jwt"},
-		{"200", "x-access-token: $jwt"},
-		{"200", "X-Access-Token: Bearer $jwt"},
-		{"200", "Authorization: Bearer $jwt"},
-		{"200", "authorization: bearer  $jwt"},
-		{"200", "X-Access-Token: $jwt", "Authorization: Basic ignored"},
-		{noToken},
-		{noToken, "X-Access-Token: null"},
-		{noToken, "X-Access-Token: [object Object]"},
-		{noToken, "X-Access-Token: $jwt", "X-Access-Token: $jwt"},
-		{noToken, "X-Access-Token: null", "Authorization: Bearer $jwt"},
-		{noToken, "X-Access-Token: null", "X-Access-Token: null", "Authorization: Bearer $jwt"},
-		{noToken, "Authorization: $jwt"},
-		{noToken, "Authorization: Basic $jwt"},
-		{noToken, "Authorization: Bearer $jwt", "Authorization: Bearer $jwt"},
-		{noToken, "X-Access-Token: ${jwt}x"},
-		{noToken, "X-Access-Token: $refresh"},
-		{noToken, "X-Access-Token: $nobodys"}, // its user does not exist
-	} {
-		c.expect("GET /me", "", test[0], test[1:]...)
-	}
-	c.expect("POST /access-tokens/refresh", `{"refresh_token":"$refresh"}`, "200", "X-Access-Token: null", "Authorization: [object Object]")
-}
-
-// TestBodies tests how a body is read, before its fields are.
+// TestBodies has the bodies that testdata/api/bodies.txt cannot show.
 func TestBodies(t *testing.T) {
-	const (
-		asJSON    = "application/json"
-		asForm    = "application/x-www-form-urlencoded"
-		form      = "content=a+%26+b&impact=1&ease=2&confidence=3"
-		cut       = `{"content":"a","impact":1,"ease":2,"confidence":3`
-		notJSON   = "400 the body must be one JSON object, or a form"
-		notForm   = "400 the form or query cannot be read"
-		twice     = "400 something is given twice"
-		otherType = "415 the Content-Type must be application/json or application/x-www-form-urlencoded"
-	)
+	const notJSON = "400 the body must be one JSON object, or a form"
 	c := newClient(t, newTestServer(t))
 	c.signUp()
-	for _, test := range []struct {
-		contentType, want string
-		bodies            []string
-	}{
-		{asJSON, "201", []string{anIdea, " \r\n\t" + anIdea + " \r\n\t"}},
-		{"application/json; charset=utf-8", "201", []string{anIdea}},
-		{"Application/JSON;anything", "201", []string{anIdea}},
-		{"", "201", []string{anIdea}},
-		{asForm, "201", []string{anIdea, "\n " + anIdea, form}},
-		{asForm + "; charset=utf-8", "201", []string{form}},
-		{"text/plain", otherType, []string{anIdea}},
-		{"multipart/form-data; boundary=x", otherType, []string{anIdea}},
-		{"application/jsonx", otherType, []string{anIdea}},
-		{"application/xml", otherType, []string{"<content/>"}},
-
-		{"", notJSON, []string{""}},
-		{asJSON, notJSON, []string{"", form, "null", "[" + anIdea + "]", `"content"`, cut, anIdea + "x", anIdea + anIdea}},
-		{asJSON, notJSON, []string{`{"content":'a'}`, `{"content":"a",}`, "{\"content\":\"a\xff\"}", strings.Repeat(`{"a":`, 10_000)}},
-		{asForm, notJSON, []string{cut}},
-		{asForm, notForm, []string{"content=%zz", "content=a;impact=1"}},
-
-		{asJSON, twice, []string{cut + `,"content":"a"}`, cut + `,"\u0063ontent":"b"}`, cut + `,"x":1,"x":2}`, cut + `,"x":"} [ \"","x":"b"}`}},
-		{asForm, twice, []string{form + "&impact=1"}},
-		{asJSON, "201", []string{cut + `,"x":"\":: } { ] [ \\"}`, cut + `,"x":{"x":[{"x":1}]},"y":[{},{"x":2}]}`}},
-
-		// Names are compared exactly.
-		{asJSON, "422 content must be given", []string{`{"Content":"a","impact":1,"ease":2,"confidence":3}`}},
-		{asForm, "422 content must be given", []string{"Content=a&impact=1&ease=2&confidence=3"}},
-		{asForm, "201", []string{"content=a%22b%5Cc%0Ad%3Ce&impact=1&ease=2&confidence=3"}},
-		{asForm, "422 content must not hold control characters or U+FFFD", []string{"content=a%ff&impact=1&ease=2&confidence=3"}},
-		{asForm, "422 confidence must be given; content must be given; ease must be given; impact must be given", []string{""}},
+	for _, test := range []struct{ contentType, body, want string }{
+		{"application/json", " \r\n\t" + anIdea + " \r\n\t", "201"},
+		{"application/x-www-form-urlencoded", " \r\n\t" + anIdea, "201"},
+		{"application/json", "\ufeff" + anIdea, notJSON},
+		{"application/json", anIdea + "\x00", notJSON},
+		{"application/json", "{\"content\":\"a\xff\"}", notJSON},
+		{"application/json", strings.Repeat(`{"a":`, 10_000), notJSON},
 	} {
-		for _, body := range test.bodies {
-			c.expect("POST /ideas", body, test.want, withToken, "Content-Type: "+test.contentType)
-		}
+		c.expect("POST /ideas", test.body, test.want, withToken, "Content-Type: "+test.contentType)
 	}
 }
 
@@ -239,15 +215,16 @@ func TestBodyLimit(t *testing.T) {
 	c.signUp()
 	atLimit := anIdea + strings.Repeat(" ", 64<<10-len(anIdea))
 	c.expect("POST /ideas", atLimit, "201", withToken)
-	for _, route := range append(allRoutes, "POST /nowhere", "PATCH /me") {
-		c.expect(route, atLimit+" ", "413 the body must be at most 64 KiB", withToken)
+	for _, request := range append(requests(s), "POST /nowhere", "PATCH /me") {
+		c.expect(request, atLimit+" ", "413 the body must be at most 64 KiB")
 	}
-	// A request without a Content-Length is rejected while it is read.
-	r := httptest.NewRequest("POST", "/users", io.MultiReader(strings.NewReader(atLimit+" ")))
-	w := httptest.NewRecorder()
-	s.ServeHTTP(w, r)
-	if w.Code != http.StatusRequestEntityTooLarge {
-		t.Errorf("64 KiB and a byte in chunks: got status %d, want 413", w.Code)
+	// A body without a Content-Length is rejected while it is read.
+	for body, want := range map[string]int{atLimit: 422, atLimit + " ": 413} {
+		w := httptest.NewRecorder()
+		s.ServeHTTP(w, httptest.NewRequest("POST", "/users", io.MultiReader(strings.NewReader(body))))
+		if w.Code != want {
+			t.Errorf("%d bytes in chunks: got status %d, want %d", len(body), w.Code, want)
+		}
 	}
 }
 
@@ -255,11 +232,11 @@ func TestBodyLimit(t *testing.T) {
 // each request are valid.
 func TestFields(t *testing.T) {
 	const (
-		weak     = "422 password must have at least 8 characters, among them an upper-case letter, a lower-case letter and a number"
-		control  = "422 password must not hold control characters or U+FFFD"
-		badEmail = "422 email must be an e-mail address"
-		badToken = "400 the refresh token is unknown, expired or logged out"
-		badScore = "422 impact must be an integer from 1 to 10"
+		control    = "must not hold control characters or U+FFFD"
+		badToken   = "400 the refresh token is unknown, expired or logged out"
+		badScore   = "422 impact must be an integer from 1 to 10"
+		tooLong    = "must be at most 255 characters long"
+		emailTaken = "409 there is a user with this e-mail already" // the fields are valid
 	)
 	bodies := map[string]string{
 		"POST /users":                 jacksSignUp,
@@ -275,35 +252,27 @@ func TestFields(t *testing.T) {
 		values             []string
 	}{
 		{"POST /users", "email", emailTaken, []string{`"jack@test.com"`, `"\t JACK@test.com\r\n"`}},
-		{"POST /users", "email", badEmail, []string{`"plain"`, `"@test.com"`, `"a@"`, `"a@b@test.com"`, `"a b@test.com"`}},
-		{"POST /users", "email", badEmail, []string{`"a@test.com, b@test.com"`, `"<a@test.com>"`, `"A <a@test.com>"`, `"a@test.com (a)"`}},
-		{"POST /users", "email", badEmail, []string{`"\"a\"@test.com"`, `"\"a b\"@test.com"`, `"a@[127.0.0.1]"`, `"a@te_st.com"`, `"a@test..com"`}},
-		{"POST /users", "email", badEmail, []string{`"é@test.com"`, `"a@tést.com"`}},
 		{"POST /users", "email", "201", []string{`"` + long("a", 250) + `@b.c"`}},
-		{"POST /users", "email", "422 email must be 1 to 254 characters long", []string{`"` + long("a", 251) + `@b.c"`, `" "`}},
+		{"POST /users", "email", "422 email must be at most 254 characters long", []string{`"` + long("a", 251) + `@b.c"`}},
 
 		{"POST /users", "name", emailTaken, []string{`" J "`, `"` + long("é", 255) + `"`}},
-		{"POST /users", "name", "422 name must be 1 to 255 characters long", []string{`" "`, `"` + long("é", 256) + `"`}},
-		{"POST /users", "name", "422 name must not hold control characters or U+FFFD", []string{`"a\u0000b"`}},
+		{"POST /users", "name", "422 name " + tooLong, []string{`"` + long("é", 256) + `"`}},
 
-		{"POST /users", "password", emailTaken, []string{`"aB3aB3aB"`, `"éÉ3éÉ3éÉ"`, `"aB3` + long("x", 1021) + `"`, `"aB3 \t\n aB3"`}},
-		{"POST /users", "password", weak, []string{`"aB3aB3a"`, `"éÉ3éÉ3é"`, `"ab3ab3ab"`, `"AB3AB3AB"`, `"aBcaBcaB"`}},
-		{"POST /users", "password", "422 password must be 1 to 1024 bytes long", []string{`"aB3` + long("x", 1022) + `"`}},
-		{"POST /users", "password", control, []string{`"aB3aB3aB\ud800"`, `"aB3aB3aB\ufffd"`, `"aB3aB3aB\u001b"`}},
+		{"POST /users", "password", emailTaken, []string{`"aB3aB3aB"`, `"éÉ3éÉ3éÉ"`, `"aB3` + long("x", 1021) + `"`, `"aB3 \t\r\n aB3"`}},
+		{"POST /users", "password", "422 password must be at most 1024 bytes long", []string{`"aB3` + long("x", 1022) + `"`}},
 
-		{"POST /access-tokens", "email", wrongLogin, []string{`"nobody"`, `"nobody@test.com"`}},
-		{"POST /access-tokens", "password", wrongLogin, []string{`"short"`}},
-		{"POST /access-tokens", "password", control, []string{`"\ufffd"`}},
+		{"POST /access-tokens", "email", wrongLogin, []string{`"nobody"`, `"nobody@test.com"`, `"jac\u212a@test.com"`, `"` + long("a", 251) + `@b.c"`}},
+		{"POST /access-tokens", "password", wrongLogin, []string{`"short"`, `" the-Secret-123"`}},
 		{"POST /access-tokens/refresh", "refresh_token", badToken, []string{`"x"`, `"` + long("x", 60_000) + `"`}},
-		{"POST /access-tokens/refresh", "refresh_token", "422 refresh_token must be text", []string{`null`}},
 
-		{"POST /ideas", "content", "201", []string{`" \u0061\n\tb "`, `"` + long("😀", 255) + `"`, `"  ` + long("a", 255) + `  "`}},
-		{"POST /ideas", "content", "422 content must be 1 to 255 characters long", []string{`"` + long("😀", 256) + `"`, `" \t\r\n\u00a0"`}},
-		{"POST /ideas", "content", "422 content must not hold control characters or U+FFFD", []string{`"a\rb"`, `"a\u007fb"`, `"a\u0085b"`, `"\udc00"`}},
-		{"POST /ideas", "content", "422 content must be text", []string{`7`, `{"a":1}`}},
+		{"POST /ideas", "content", "201", []string{`" \u0061\r\n\tb "`, `"` + long("😀", 255) + `"`, `"  ` + long("a", 255) + `  "`}},
+		{"POST /ideas", "content", "422 content " + tooLong, []string{`"` + long("😀", 256) + `"`}},
+		{"POST /ideas", "content", "422 content must not be empty", []string{`" \t\r\n\u00a0"`}},
+		{"POST /ideas", "content", "422 content " + control, []string{`"a\u000bb"`, `"a\u007fb"`, `"a\u0085b"`, `"\udc00"`}},
+		{"POST /ideas", "content", "422 content must be text", []string{`null`, `7`, `{"a":1}`}},
 
 		{"POST /ideas", "impact", "201", []string{`1`, `10`, `"1"`, `"10"`, `"\u0038"`}},
-		{"POST /ideas", "impact", badScore, []string{`0`, `11`, `-1`, `-0`, `8.5`, `8.0`, `1e1`, `18446744073709551617`}},
+		{"POST /ideas", "impact", badScore, []string{`0`, `11`, `-1`, `-0`, `8.5`, `8.0`, `1e1`, `65537`, `18446744073709551617`}},
 		{"POST /ideas", "impact", badScore, []string{`true`, `null`, `[8]`, `""`, `" 8"`, `"+8"`, `"8.0"`, `"٨"`, `"\\8"`}},
 	} {
 		for _, value := range test.values {
@@ -318,82 +287,66 @@ func TestFields(t *testing.T) {
 func TestPageNumbers(t *testing.T) {
 	c := newClient(t, newTestServer(t))
 	c.signUp()
-	for _, query := range []string{"", "?", "?page=1", "?page=03", "?page=1&x=%zz", "?page=1&x=1&x=2", "?page=9223372036854775807"} {
+	for query := range strings.FieldsSeq("? ?page=1 ?page=03 ?page=1&x=%zz ?x=1&x=2;y ?q=100% ?Page=0 ?page=9223372036854775807") {
 		c.expect("GET /ideas"+query, "", "200", withToken)
 	}
-	for page := range strings.FieldsSeq("0 -1 1.0 one %201 %2B1 1e1 0x1 18446744073709551616 9223372036854775808 %zz 1; 1&page=2 &x=1") {
+	for page := range strings.FieldsSeq("0 -1 1.0 one %201 %2B1 1e1 0x1 18446744073709551616 9223372036854775808 %zz 1; 1&page=2 2;x=1 &x=1 1&%70age=1") {
 		c.expect("GET /ideas?page="+page, "", "422 page must be an integer above 0", withToken)
 	}
 }
 
-// TestList lists two ideas for each sum of three scores. The highest average comes
-// first, and of two equal ones the newer. An average is the shortest form of the
-// float64, always with a decimal point.
-func TestList(t *testing.T) {
-	averages := strings.Fields(`
-		1.0 1.3333333333333333 1.6666666666666667 2.0 2.3333333333333335 2.6666666666666665
-		3.0 3.3333333333333335 3.6666666666666665 4.0 4.333333333333333 4.666666666666667
-		5.0 5.333333333333333 5.666666666666667 6.0 6.333333333333333 6.666666666666667
-		7.0 7.333333333333333 7.666666666666667 8.0 8.333333333333334 8.666666666666666
-		9.0 9.333333333333334 9.666666666666666 10.0`)
-	c := newClient(t, newTestServer(t))
-	c.signUp()
-	var want, got []string
-	for n := range 2 * len(averages) {
-		sum := 3 + n*5%len(averages)
-		idea := fmt.Sprintf(`{"content":"%s","impact":%d,"ease":%d,"confidence":%d}`,
-			strings.Repeat("long", 60), min(10, sum-2), max(1, min(10, sum-11)), max(1, sum-20))
-		id := member(c.send("POST /ideas", idea, withToken).body, "id")
-		want = append(want, fmt.Sprintf("%02d %s %s", sum, id, averages[sum-3]))
-	}
-	slices.Sort(want)
-	slices.Reverse(want)
-	for page := range 6 {
-		list := c.send(fmt.Sprintf("GET /ideas?page=%d", page+1), "", withToken).body
-		for _, idea := range regexp.MustCompile(`"id":"(\w+)".*?"average_score":([\d.]+)`).FindAllStringSubmatch(list, -1) {
-			got = append(got, idea[1]+" "+idea[2])
-			if n := len(got) - 1; n < len(want) && got[n] != want[n][3:] {
-				t.Errorf("idea %d of the list: got %s, want %s", n+1, got[n], want[n][3:])
+// TestOrigins tests -cors-origin: it takes what browsers send as Origin, and
+// nothing else.
+func TestOrigins(t *testing.T) {
+	check := func(accepted bool, origins ...string) {
+		for _, origin := range origins {
+			_, err := parseFlags([]string{"-cors-origin", origin}, io.Discard)
+			if (err == nil) != accepted || err != nil && !errors.Is(err, errUsage) {
+				t.Errorf("%q: got the error %v, want it accepted: %t", origin, err, accepted)
 			}
 		}
 	}
-	if len(got) != len(want) {
-		t.Errorf("got %d ideas, want %d", len(got), len(want))
-	}
+	check(true, strings.Fields(`* none https://a.example https://a.example:8443 https://a.example:80 http://a.example:443 http://localhost:3000
+		http://localhost:65535 http://a:1 capacitor://localhost tauri://localhost chrome-extension://abcdef http://192.168.0.1 http://[::1]:8080
+		http://[2001:db8::1] https://xn--bcher-kva.example http://a_b.example https://1a.example`)...)
+	check(false, strings.Fields(`null None ** a.example //a.example https:a.example https:// https://a.example/ https://a.example/b
+		https://a.example?b https://a.example# https://a.example,https://b.example https://*.example https://* https://A.example HTTPS://a.example
+		https://bücher.example https://user@a.example https://a.example: https://a.example:443 http://a:80 http://a:0 http://a:65536 http://a:08080
+		http://a:-1 http://a:b http://127.1 http://127.0.0.01 http://0x7f.0.0.1 http://2130706433 http://256.0.0.1 http://127.0.0.1. http://[0:0::1]
+		http://[::1 http://[::1%eth0] http://[::FFFF] http://[127.0.0.1] http://::1 file:// file://localhost file:///index.html`)...)
+	check(false, "", " https://a.example", "https://a.example\n")
 }
 
-func TestPreflight(t *testing.T) {
-	c := newClient(t, newTestServer(t))
-	for _, route := range append(allRoutes, "GET /nowhere", "GET /", "GET //ideas/") {
-		_, path, _ := strings.Cut(route, " ")
-		c.expect("OPTIONS "+path, "", "204", "Origin: https://example.org", "Access-Control-Request-Method: POST")
-	}
-}
-
-// TestFullDisk makes changes while the disk is full. They have no effect.
+// TestFullDisk makes changes while the disk has room for 60 bytes, less than any
+// change needs. They have no effect.
 func TestFullDisk(t *testing.T) {
-	s := newTestServer(t)
 	var full atomic.Bool
-	var written atomic.Int64
-	weigh := weigh(&written)
+	var writes atomic.Int32
+	s := newTestServer(t)
 	s.store = mustStart(t, scratch(t), func(op, path string, do func() error) error {
-		before := written.Load()
-		if err := weigh(op, path, do); err != nil || !full.Load() || written.Load()-before < 30 {
+		if op != "write" {
+			return do()
+		}
+		writes.Add(1)
+		before := must(os.Stat(path)).Size()
+		if err := do(); err != nil || !full.Load() || must(os.Stat(path)).Size() < before+60 {
 			return err
 		}
-		return syscall.ENOSPC // a line of 30 bytes still fits
+		return io.ErrShortWrite
 	})
 	c := newClient(t, s)
 	c.signUp()
-	const notStored = "503 nothing can be stored just now; try again in a moment"
+	const notSaved = "503 cannot save changes right now; please try again"
 	full.Store(true)
 	for _, test := range []struct{ request, body, want string }{
-		{"POST /ideas", anIdea, notStored},
-		{"POST /users", `{"email":"jill@test.com","name":"Jill","password":"the-Secret-123"}`, notStored},
-		{"POST /access-tokens", jacksLogin, notStored},
-		{"DELETE /access-tokens", `{"refresh_token":"$refresh"}`, notStored},
-		{"GET /healthz", "", notStored},
-		{"POST /users", jacksSignUp, emailTaken}, // such changes do not get as far as the disk
+		{"POST /ideas", anIdea, notSaved},
+		{"POST /users", `{"email":"jill@test.com","name":"Jill","password":"the-Secret-123"}`, notSaved},
+		{"POST /access-tokens", jacksLogin, notSaved},
+		{"DELETE /access-tokens", `{"refresh_token":"$refresh"}`, notSaved},
+		{"GET /me", "", "200"}, // the logout has ended nothing
+		{"POST /access-tokens/refresh", `{"refresh_token":"$refresh"}`, "200"},
+		{"GET /healthz", "", notSaved},
+		{"POST /users", jacksSignUp, "409 there is a user with this e-mail already"}, // such changes do not get as far as the disk
 		{"PUT /ideas/000000000", anIdea, "404 you have no such idea"},
 		{"DELETE /ideas/000000000", "", "404 you have no such idea"},
 	} {
@@ -403,65 +356,24 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("got the list %s, want []", list)
 	}
 	full.Store(false)
+	c.expect("GET /healthz", "", "200") // it finds out by itself
+	before := writes.Load()
 	c.expect("GET /healthz", "", "200")
-	before := written.Load()
-	c.expect("GET /healthz", "", "200")
-	if written.Load() != before {
+	if writes.Load() != before {
 		t.Error("GET /healthz of a healthy server writes to the disk")
 	}
-	c.expect("POST /access-tokens/refresh", `{"refresh_token":"$refresh"}`, "200")
 	c.expect("POST /ideas", anIdea, "201", withToken)
 }
 
 // Logins under attack and under load:
 
-// TestThrottling tests who has to wait after ten failed logins: all who try the
-// same e-mail from the same address, and nobody else. For how long is in
-// testdata/api/throttling.txt.
-func TestThrottling(t *testing.T) {
-	const (
-		right, wrong = "the-Secret-123", "a wrong one"
-		throttled    = "429 too many failed log-ins; try again in 30 seconds"
-	)
-	synctest.Test(t, func(t *testing.T) {
-		s := newTestServer(t)
-		c := newClient(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			r.RemoteAddr = r.Header.Get("From")
-			s.ServeHTTP(w, r)
-		}))
-		c.signUp()
-		logIn := func(from, email, password, want string) {
-			t.Helper()
-			body := fmt.Sprintf(`{"email":%q,"password":%q}`, email, password)
-			c.expect("POST /access-tokens", body, want, "From: "+from, "X-Forwarded-For: 192.0.2.9") // which says nothing
-		}
-		for _, email := range []string{"jack@test.com", "nobody@test.com"} {
-			for range 9 {
-				logIn("192.0.2.1:1", email, wrong, wrongLogin)
-			}
-			logIn("192.0.2.1:2", strings.ToUpper(email), wrong, wrongLogin)
-			logIn("192.0.2.1:3", email, right, throttled)
-			logIn("192.0.2.1:4", email, wrong, throttled)
-		}
-		logIn("192.0.2.2:1", "jack@test.com", right, "201")
-		logIn("192.0.2.1:1", "jill@test.com", wrong, wrongLogin)
-
-		// In IPv6, the clients of a /64 count as one.
-		for n := range 10 {
-			logIn(fmt.Sprintf("[2001:db8::%d]:1", n), "jack@test.com", wrong, wrongLogin)
-		}
-		logIn("[2001:db8::ffff]:1", "jack@test.com", right, throttled)
-		logIn("[2001:db8:0:1::1]:1", "jack@test.com", right, "201")
-	})
-}
-
-// TestConcurrentAttempts makes 30 attempts at once. None slips through, except
-// for those that are being checked next to the tenth failure.
+// TestConcurrentAttempts makes 30 attempts at once. At most the attempts already being checked at the tenth failure get through. With the right
+// password, clients do not throttle each other.
 func TestConcurrentAttempts(t *testing.T) {
-	for _, slots := range []int{1, 4} {
+	for _, slots := range []int{1, 14} {
 		synctest.Test(t, func(t *testing.T) {
 			s := newTestServer(t)
-			s.hashing = newGate(slots, 100)
+			s.hashing = make(semaphore, slots)
 			c := newClient(t, s)
 			for _, burst := range []struct{ least, most, wait int }{{10, 9 + slots, 30}, {1, 1, 60}, {1, 1, 120}} {
 				var checked atomic.Int32
@@ -478,27 +390,19 @@ func TestConcurrentAttempts(t *testing.T) {
 				}
 				time.Sleep(time.Duration(burst.wait) * time.Second)
 			}
+			c.signUp()
+			atOnce(30, func(int) { c.expect("POST /access-tokens", jacksLogin, "201") })
 		})
 	}
 }
 
-// TestConcurrentLogins logs in with many devices. With the right password they
-// do not throttle each other.
-func TestConcurrentLogins(t *testing.T) {
-	s := newTestServer(t)
-	s.hashing = newGate(14, 0)
-	c := newClient(t, s)
-	c.signUp()
-	atOnce(14, func(int) { c.expect("POST /access-tokens", jacksLogin, "201") })
-}
-
 func TestThrottleIsBounded(t *testing.T) {
-	g := guesses{made: make(map[guesser]failures)}
+	throttle := loginThrottle{failures: make(map[attempt]failures)}
 	for n := range 100_001 {
-		g.end(guesser{email: strconv.Itoa(n)}, false)
+		throttle.end(attempt{email: strconv.Itoa(n)}, false)
 	}
-	if len(g.made) > 50_000 {
-		t.Errorf("%d attempts are remembered, want at most 50,000", len(g.made))
+	if n := len(throttle.failures); n > 50_000 {
+		t.Errorf("%d attempts are remembered, want at most 50,000", n)
 	}
 }
 
@@ -507,6 +411,7 @@ func TestThrottleIsBounded(t *testing.T) {
 // memory shows that it is.
 func TestUnknownEmail(t *testing.T) {
 	s := newTestServer(t)
+	s.hashCost.memory = 4 << 10 // KiB, so that nothing else counts
 	c := newClient(t, s)
 	c.signUp()
 	logIn := func(email string) string {
@@ -514,49 +419,53 @@ func TestUnknownEmail(t *testing.T) {
 		runtime.ReadMemStats(&before)
 		resp := c.send("POST /access-tokens", fmt.Sprintf(`{"email":%q,"password":"a wrong one"}`, email))
 		runtime.ReadMemStats(&after)
-		if hashes := float64(after.TotalAlloc-before.TotalAlloc) / (argonMemory << 10); hashes < 1 || hashes > 1.5 {
+		if hashes := float64(after.TotalAlloc-before.TotalAlloc) / (4 << 20); hashes < 1 || hashes > 1.5 {
 			t.Errorf("%s: the login takes the memory of %.2f hashes, want that of one", email, hashes)
 		}
 		resp.Header.Del("Date")
 		resp.Header.Del("X-Request-Id")
 		return fmt.Sprint(resp.StatusCode, resp.Header, resp.body)
 	}
-	if known, unknown := logIn("jack@test.com"), logIn("nobody@test.com"); known != unknown {
-		t.Errorf("a known e-mail gets\n%s\nan unknown e-mail\n%s", known, unknown)
-	}
-	u, _ := s.store.userByEmail("jack@test.com")
-	if cost := regexp.MustCompile(`^\$argon2id\$v=19\$m=19456,t=2,p=1\$`); !cost.MatchString(u.Password) || !cost.MatchString(noPassword) {
-		t.Errorf("got the costs of %s and %s, want m=19456,t=2,p=1", u.Password, noPassword)
+	known := logIn("jack@test.com")
+	for _, email := range []string{"nobody@test.com", "nobody", "jac\u212a@test.com"} {
+		if unknown := logIn(email); unknown != known {
+			t.Errorf("a known e-mail gets\n%s\n%s\n%s", known, email, unknown)
+		}
 	}
 }
 
-// TestGate tests the limit of concurrent hashes: two are computed at a time, three
-// callers wait for at most 5 seconds, and the others are rejected at once.
-func TestGate(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		g, start := newGate(2, 3), time.Now()
-		var mu sync.Mutex
-		var got []string
-		work := func() error { time.Sleep(3 * time.Second); return nil }
-		atOnce(8, func(int) {
-			err := g.do(t.Context(), work)
-			mu.Lock()
-			defer mu.Unlock()
-			got = append(got, fmt.Sprint(time.Since(start), errors.Is(err, errBusy)))
-		})
-		want := []string{"0s true", "0s true", "0s true", "3s false", "3s false", "5s true", "6s false", "6s false"}
-		if slices.Sort(got); !slices.Equal(got, want) {
-			t.Errorf("got (when, busy) %q, want %q", got, want)
+// TestHashCost tests the hashes of the real server. Other tests have cheaper ones.
+func TestHashCost(t *testing.T) {
+	s := newServer(options{}, rfcKey(), nil, quiet)
+	for _, hash := range []string{must(s.hashPassword(t.Context(), "the-Secret-123")), dummyHash(s.hashCost)} {
+		if !strings.HasPrefix(hash, "$argon2id$v=19$m=19456,t=2,p=1$") {
+			t.Errorf("got the hash %s, want m=19456,t=2,p=1", hash)
 		}
+	}
+}
+
+// TestSemaphore tests the limit of concurrent hashes: two are computed at a time,
+// and others wait for at most 5 seconds, or until their client has gone.
+func TestSemaphore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hashing, start := make(semaphore, 2), time.Now()
+		work := func() error { time.Sleep(3 * time.Second); return nil }
 		gone, leave := context.WithCancel(t.Context())
 		leave()
-		go g.do(t.Context(), work)
-		go g.do(t.Context(), work)
-		synctest.Wait()
-		if err := g.do(gone, work); !errors.Is(err, errBusy) {
-			t.Errorf("for a client that has gone: got %v, want errBusy", err)
+		for range 2 {
+			go hashing.do(t.Context(), work)
 		}
-		time.Sleep(3 * time.Second) // until the others are done
+		synctest.Wait()
+		got := make([]string, 5)
+		atOnce(5, func(n int) {
+			ctx := []context.Context{gone, t.Context()}[min(n, 1)]
+			err := hashing.do(ctx, work)
+			got[n] = fmt.Sprint(time.Since(start), errors.Is(err, errBusy))
+		})
+		slices.Sort(got[1:])
+		if want := []string{"0s true", "5s true", "5s true", "6s false", "6s false"}; !slices.Equal(got, want) {
+			t.Errorf("got (when, busy) %q, want %q", got, want)
+		}
 	})
 }
 
@@ -564,15 +473,16 @@ func TestGate(t *testing.T) {
 func TestLoginStorm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newTestServer(t)
-		s.hashing = newGate(1, 5)
+		s.hashing = make(semaphore, 1)
 		c := newClient(t, s)
 		c.signUp()
-		go s.hashing.do(t.Context(), func() error { time.Sleep(10 * time.Second); return nil })
+		go s.hashing.do(t.Context(), func() error { time.Sleep(11 * time.Second); return nil })
 		synctest.Wait()
-		atOnce(40, func(int) {
-			c.expect("POST /access-tokens", jacksLogin, "503 too many people are logging in just now; try again in a moment")
+		const busy = "503 too many people are logging in or signing up right now; please try again"
+		atOnce(40, func(n int) {
+			c.expect("POST /access-tokens", jacksLogin, busy)
+			c.expect("POST /users", fmt.Sprintf(`{"email":"a%d@b.c","name":"A","password":"the-Secret-123"}`, n), busy)
 		})
-		time.Sleep(5 * time.Second)
 		c.expect("POST /access-tokens", jacksLogin, "201")
 	})
 }
@@ -610,12 +520,43 @@ func TestSlowClients(t *testing.T) {
 	}
 }
 
+// TestExpectContinue sends a request without its body, which comes only after
+// 100 Continue. What can be rejected without the body is rejected at once.
+func TestExpectContinue(t *testing.T) {
+	for _, test := range []struct {
+		request, header string
+		want            int
+	}{
+		{"POST /users", "Content-Length: 65536", http.StatusContinue},
+		{"POST /ideas", "Content-Length: 9", http.StatusUnauthorized},
+		{"POST //ideas/", "Content-Length: 9", http.StatusUnauthorized},
+		{"POST /ideas", "Transfer-Encoding: chunked", http.StatusUnauthorized},
+		{"POST /nowhere", "Content-Length: 9", http.StatusNotFound},
+		{"PATCH /me", "Content-Length: 9", http.StatusMethodNotAllowed},
+		{"POST /users", "Content-Length: 65537", http.StatusRequestEntityTooLarge},
+		{"POST /users", "Content-Length: 9\r\nContent-Type: text/plain", http.StatusUnsupportedMediaType},
+		{"OPTIONS /ideas", "Content-Length: 9", http.StatusNoContent},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			network, stop := startServing(t, newTestServer(t))
+			conn, start := network.dial(), time.Now()
+			go io.WriteString(conn, test.request+" HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"+test.header+"\r\n\r\n")
+			resp := must(http.ReadResponse(bufio.NewReader(conn), nil))
+			if took := time.Since(start); resp.StatusCode != test.want || took > 0 {
+				t.Errorf("%s, %s: got status %d after %v, want %d at once", test.request, test.header, resp.StatusCode, took, test.want)
+			}
+			conn.Close()
+			stop()
+		})
+	}
+}
+
 // TestShutdown stops the server during a request, which has 10 seconds to end.
 func TestShutdown(t *testing.T) {
 	for takes, want := range map[time.Duration]time.Duration{9 * time.Second: 9 * time.Second, 20 * time.Second: 10 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {
 			s := newTestServer(t)
-			s.public("GET /slow", func(w http.ResponseWriter, r *http.Request) error {
+			s.handle("GET /slow", func(w http.ResponseWriter, r *http.Request) error {
 				time.Sleep(takes)
 				return writeJSON(w, http.StatusOK, "done")
 			})
@@ -637,12 +578,12 @@ func TestShutdown(t *testing.T) {
 	}
 }
 
-// startServing runs serve on a pipe network. The returned stop ends it and waits.
+// startServing runs the server on a pipe network. The returned stop ends it and waits.
 func startServing(t *testing.T, s *server) (network pipes, stop func()) {
 	ctx, cancel := context.WithCancel(t.Context())
 	network = make(pipes)
 	done := make(chan error)
-	go func() { done <- serve(ctx, s, network) }()
+	go func() { done <- s.serve(ctx, network) }()
 	t.Cleanup(func() { time.Sleep(time.Minute) }) // until handlers and clients have noticed
 	return network, func() {
 		cancel()
@@ -652,24 +593,56 @@ func startServing(t *testing.T, s *server) (network pipes, stop func()) {
 	}
 }
 
-func TestPanic(t *testing.T) {
-	var log bytes.Buffer
-	s := newTestServer(t)
-	s.log = newLogger(&log, true)
-	s.public("GET /panic", func(http.ResponseWriter, *http.Request) error { panic("a secret") })
-	s.public("GET /late", func(w http.ResponseWriter, _ *http.Request) error {
-		writeJSON(w, http.StatusOK, "done")
-		panic("a secret")
-	})
-	c := newClient(t, s)
-	c.expect("GET /panic", "", "500 something went wrong on our side")
-	if got := c.send("GET /late", ""); got.StatusCode != http.StatusOK || got.body != `"done"` {
-		t.Errorf("GET /late: got %d %s, want the response as it was before the panic", got.StatusCode, got.body)
+// TestFailingHandlers has handlers that fail before, during and after a response.
+// What was written stays, nothing follows it, and there is one line in the log.
+func TestFailingHandlers(t *testing.T) {
+	const internal = `500 {"reason":"something went wrong on the server"}`
+	failed := errors.New("a secret")
+	writeHalf := func(w http.ResponseWriter) {
+		w.Header().Set("Content-Type", "application/json; charset=utf-8")
+		io.WriteString(w, `{"half":`)
 	}
-	c.expect("GET /healthz", "", "200")
-	if got := log.String(); strings.Count(got, "level=ERROR") != 2 || strings.Count(got, "\n") != 2 || !strings.Contains(got, "a secret") || !strings.Contains(got, "handlers_test.go") {
-		t.Errorf("got the log\n%s\nwant two lines, each with a panic and its place", got)
+	for _, test := range []struct {
+		want, log string
+		handle    func(w http.ResponseWriter) error
+	}{
+		{internal, `error="a secret"`, func(http.ResponseWriter) error { return failed }},
+		{internal, `error="panic: a secret.*handlers_test.go`, func(http.ResponseWriter) error { panic(failed) }},
+		{internal, "unsupported type", func(w http.ResponseWriter) error { return writeJSON(w, 200, make(chan int)) }},
+		{`200 {"half":`, `error="a secret"`, func(w http.ResponseWriter) error { writeHalf(w); return failed }},
+		{`200 {"half":`, `error="panic: a secret`, func(w http.ResponseWriter) error { writeHalf(w); panic(failed) }},
+		{"204 ", `error="a secret"`, func(w http.ResponseWriter) error { w.WriteHeader(204); return failed }},
+	} {
+		var log bytes.Buffer
+		s := newTestServer(t)
+		s.logger = newLogger(&log, true)
+		s.handle("GET /test", func(w http.ResponseWriter, _ *http.Request) error { return test.handle(w) })
+		c := newClient(t, s)
+		resp := c.send("GET /test", "")
+		line := regexp.MustCompile(`^time=\S+ level=ERROR msg=request method=GET path=/test status=` + test.want[:3] + ` .*` + test.log + `.*\n$`)
+		if got := fmt.Sprint(resp.StatusCode, " ", resp.body); got != test.want || !line.MatchString(log.String()) {
+			t.Errorf("got %s and the log\n%s\nwant %s and\n%s", got, &log, test.want, line)
+		}
+		c.expect("GET /healthz", "", "200")
 	}
+}
+
+// TestRecorder tests that handlers can do what net/http lets them do: flush, and
+// break off a response.
+func TestFlushAndAbort(t *testing.T) {
+	s, w := newTestServer(t), httptest.NewRecorder()
+	s.handle("GET /flush", func(w http.ResponseWriter, _ *http.Request) error { return http.NewResponseController(w).Flush() })
+	s.handle("GET /abort", func(http.ResponseWriter, *http.Request) error { panic(http.ErrAbortHandler) })
+	s.ServeHTTP(w, httptest.NewRequest("GET", "/flush", nil))
+	if !w.Flushed || w.Code != http.StatusOK {
+		t.Errorf("got flushed %t with status %d, want true, 200", w.Flushed, w.Code)
+	}
+	defer func() {
+		if p := recover(); p != http.ErrAbortHandler {
+			t.Errorf("got the panic %v, want http.ErrAbortHandler", p)
+		}
+	}()
+	s.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", "/abort", nil))
 }
 
 // TestLog tests that there is one line for each request, that no input can forge
@@ -677,17 +650,19 @@ func TestPanic(t *testing.T) {
 func TestLog(t *testing.T) {
 	var log bytes.Buffer
 	s := newTestServer(t)
-	s.log = newLogger(&log, false)
+	s.logger = newLogger(&log, false)
 	c := newClient(t, s)
 	c.signUp()
-	c.expect("DELETE /access-tokens?refresh_token=$refresh", "", "204", withToken)
+	c.expect("DELETE //access-tokens/?refresh_token=$refresh", "", "204", withToken)
 	c.expect("POST /access-tokens", `{"email":"jack@test.com","password":"the-Secret-124"}`, wrongLogin)
-	c.expect(`GET /a%0aevil=1%20"b"%1b[31m?secret=the-Secret-123`, "", "404 there is nothing here")
+	c.expect("GET /a%0aevil=1%1b[31m?secret=the-Secret-123", "", "404 there is nothing at this path")
+	s.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", `/"b"\?the-Secret-123`, nil))
 	want := []string{
 		`level=INFO msg=request method=POST path=/users status=201 duration=\S+ id=\w+-1`,
-		`level=INFO msg=request method=DELETE path=/access-tokens status=204 duration=\S+ id=\w+-2`,
+		`level=INFO msg=request method=DELETE path=//access-tokens/ status=204 duration=\S+ id=\w+-2`,
 		`level=WARN msg=request method=POST path=/access-tokens status=400 duration=\S+ id=\w+-3 error="wrong e-mail or password"`,
-		`level=INFO msg=request method=GET path="/a\\nevil=1 \\"b\\"\\x1b\[31m" status=404 duration=\S+ id=\w+-4`,
+		`level=INFO msg=request method=GET path="/a%0aevil=1%1b\[31m" status=404 duration=\S+ id=\w+-4`,
+		`level=INFO msg=request method=GET path="/\\"b\\"\\\\" status=404 duration=\S+ id=\w+-5`,
 	}
 	all := regexp.MustCompile(`^(time=\S+ ` + strings.Join(want, `\n)(time=\S+ `) + `\n)$`)
 	if !all.MatchString(log.String()) {
@@ -699,9 +674,9 @@ func TestLog(t *testing.T) {
 		}
 	}
 	log.Reset()
-	s.log = newLogger(&log, true)
+	s.logger = newLogger(&log, true)
 	c.expect("GET /healthz", "", "200")
-	c.expect("GET /nowhere", "", "404 there is nothing here")
+	c.expect("GET /nowhere", "", "404 there is nothing at this path")
 	c.expect("POST /access-tokens", `{"email":"jack@test.com","password":"the-Secret-124"}`, wrongLogin)
 	if got := log.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "status=400") {
 		t.Errorf("got the quiet log\n%s\nwant the failed login only", got)
@@ -744,6 +719,8 @@ func startCommand(t *testing.T, flags ...string) (c *client, stop func() (output
 
 // TestCommand starts the command in an empty directory, and again.
 func TestCommand(t *testing.T) {
+	const welcome = "Idea Pool is at (http://127.0.0.1:\\d+)\n  data: ideapool.json\n  key:  ideapool.pem\nTry it:\n" +
+		"  curl http://127.0.0.1:\\d+/users -d email=me@example.org -d name=Me -d password=the-Secret-123\n"
 	t.Chdir(t.TempDir())
 	c, stop := startCommand(t)
 	c.signUp()
@@ -751,15 +728,8 @@ func TestCommand(t *testing.T) {
 		c.expect("POST /ideas", fmt.Sprintf(`{"content":"a","impact":%d,"ease":1,"confidence":1}`, impact+1), "201", withToken)
 	}
 	before := c.send("GET /ideas", "", withToken).body
-	want := regexp.MustCompile(`^Idea Pool is at (http://127\.0\.0\.1:\d+)
-  data: ideapool.json
-  key:  ideapool.pem
-Try it:
-  curl http://127\.0\.0\.1:\d+/users -d email=me@example.org -d name=Me -d password=the-Secret-123
-(?s:.*)\nIdea Pool has stopped.
-$`)
-	if output := stop(); !want.MatchString(output) {
-		t.Errorf("got the output\n%s\nwant\n%s", output, want)
+	if output := stop(); !regexp.MustCompile("^" + welcome + "(time=.* msg=request .*\n){5}$").MatchString(output) {
+		t.Errorf("got the output\n%s\nwant\n%s and five lines of the log", output, welcome)
 	}
 	for _, file := range must(os.ReadDir(".")) {
 		for _, secret := range []string{"the-Secret", c.names["jwt"], c.names["refresh"]} {
@@ -776,7 +746,9 @@ $`)
 	}
 	c.expect("POST /access-tokens/refresh", `{"refresh_token":"$refresh"}`, "200")
 	c.expect("POST /access-tokens", jacksLogin, "201")
-	stop()
+	if output := stop(); !regexp.MustCompile("^" + welcome + "$").MatchString(output) {
+		t.Errorf("with -quiet, got the output\n%s\nwant\n%s", output, welcome)
+	}
 }
 
 // TestCommandInMemory starts the command without a data file. It still makes a
@@ -787,10 +759,10 @@ func TestCommandInMemory(t *testing.T) {
 	stop()
 	os.Chmod("ideapool.pem", 0o644)
 	c, stop := startCommand(t, "-data", "")
-	c.signUp()
 	for size, want := range map[int]int{15 << 10: 401, 17 << 10: 431} {
 		r := must(http.NewRequest("GET", c.url+"/me", nil))
 		r.Header.Set("X", strings.Repeat("x", size))
+		r.Close = true // as net/http may have read 4 KiB of a second request
 		resp := must(c.transport.RoundTrip(r))
 		if resp.Body.Close(); resp.StatusCode != want {
 			t.Errorf("a header of %d bytes: got status %d, want %d", size, resp.StatusCode, want)
@@ -805,48 +777,68 @@ func TestCommandInMemory(t *testing.T) {
 }
 
 // TestBadStarts tests that an error at the start is one line that names the flag
-// or the file, and that no file is changed.
+// or the file, and that no file is changed or left behind.
 func TestBadStarts(t *testing.T) {
 	busy := must(net.Listen("tcp", "localhost:0"))
 	defer busy.Close()
 	t.Chdir(t.TempDir())
-	os.Mkdir("directory", 0o700)
+	os.MkdirAll("blocked.tmp/x", 0o700) // so that blocked cannot be written
 	os.WriteFile("garbage", []byte("garbage"), 0o600)
+	if exec.Command("mkfifo", "fifo").Run() != nil { // there are none on Windows
+		os.Mkdir("fifo", 0o700)
+	}
+	if symlink("garbage", "link") != nil || symlink(".", "here") != nil {
+		t.Skip("this system has no symbolic links")
+	}
 	before := readDirectory()
 	stopped, stop := context.WithCancel(t.Context()) // if it starts, it stops at once
 	stop()
-	const badOrigin = `invalid value ".*" for flag -cors-origin: must be '[*]', none, or an origin such as https://example.org`
+	const (
+		usage     = "invalid usage: "
+		badOrigin = usage + `-cors-origin ".*" is not what a browser sends; give '[*]', none, or an origin such as https://example.org`
+		badTime   = usage + "-access-ttl and -refresh-ttl must be 1s or more"
+		sameFile  = usage + "-key names one of the files of -data; choose another name"
+	)
 	for _, test := range []struct{ args, want string }{
-		{"-nope", "flag provided but not defined: -nope"},
-		{"-access-ttl ten", `invalid value "ten" for flag -access-ttl: time: invalid duration "ten"`},
-		{"-access-ttl 999ms", `invalid value "999ms" for flag -access-ttl: must be 1s or more`},
-		{"-refresh-ttl -1h", `invalid value "-1h" for flag -refresh-ttl: must be 1s or more`},
+		{"-nope", usage + "flag provided but not defined: -nope"},
+		{"serve", usage + `unexpected argument "serve"`},
+		{"-access-ttl ten", usage + `invalid value "ten" for flag -access-ttl: parse error`},
+		{"-access-ttl 999ms", badTime},
+		{"-refresh-ttl -1h", badTime},
 		{"-cors-origin example.org", badOrigin},
-		{"-cors-origin https://Example.org", badOrigin},
-		{"-cors-origin https://example.org/", badOrigin},
-		{"serve", `unexpected argument "serve"`},
-		{"-key " + must(filepath.Abs("ideas")) + " -data ideas", "flag -key needs a file of its own"},
-		{"-key= -data ideas", "flag -key needs a file of its own"},
+		{"-cors-origin=", badOrigin},
+		{"-addr=", usage + `-addr "" needs a host and a port, such as localhost:8080`},
+		{"-addr localhost:", usage + `-addr "localhost:" needs a host and a port, such as localhost:8080`},
+		{"-addr nonsense", usage + `-addr "nonsense" needs a host and a port, such as localhost:8080`},
+		{"-key=", usage + "-key is empty; give the name of a file"},
+		{"-key " + must(filepath.Abs("ideas")) + " -data ideas", sameFile},
+		{"-key ./ideas.tmp -data ideas", sameFile},
+		{"-key x/../ideas.lock -data ideas", sameFile},
+		{"-key here/ideas -data ideas", sameFile},
+		{"-key ideas.lock -data here/ideas", sameFile},
+		{"-key link -data garbage", sameFile},
+		{"-key garbage.tmp -data link", sameFile},
 
-		{"-addr " + busy.Addr().String(), "-addr " + busy.Addr().String() + ": listen tcp .*"},
-		{"-addr nonsense", "-addr nonsense: .* missing port"},
-		{"-key garbage", "-key garbage: is not PEM"},
-		{"-key directory", "-key directory: "},
-		{"-key missing/key.pem", "-key missing/key.pem: "},
-		{"-data garbage", "-data garbage: .*garbage: is damaged"},
-		{"-data directory", "-data directory: "},
-		{"-data missing/data", "-data missing/data: "},
+		{"-addr " + busy.Addr().String(), "-addr " + busy.Addr().String() + ": listen tcp .*; choose another address"},
+		{"-key garbage", "-key garbage: is not PEM.*"},
+		{"-key blocked.tmp", "-key blocked.tmp: is not a regular file.*"},
+		{"-key fifo", "-key fifo: is not a regular file.*"},
+		{"-key missing/key.pem -data ideas", "-key missing/key.pem: .*; check that .*"},
+		{"-data garbage", "-data garbage: is damaged.*"},
+		{"-data blocked.tmp", "-data blocked.tmp: is not a regular file.*"},
+		{"-data fifo", "-data fifo: is not a regular file.*"},
+		{"-data missing/data", "-data missing/data: .*; check that .*"},
+		{"-data blocked", "-data blocked: .*; check that .*"},
 	} {
 		var stderr bytes.Buffer
 		defaults := []string{"-addr", "localhost:0", "-data", "", "-key", "unused.pem"}
 		err := run(stopped, append(defaults, strings.Fields(test.args)...), &stderr)
-		isUsage := errors.Is(err, errUsage)
-		line, help, _ := strings.Cut(stderr.String(), "\n")
-		if !isUsage {
-			line, help = fmt.Sprint(err), usage
+		want, isUsage := "^"+test.want+"$", strings.HasPrefix(test.want, usage)
+		if isUsage {
+			want = "^" + test.want + ` \(run ideapool -h for help\)$`
 		}
-		if !regexp.MustCompile("^"+test.want+".*$").MatchString(line) || isUsage == strings.HasPrefix(test.want, "-") || help != usage {
-			t.Errorf("%s: got %v and\n%s\nwant\n%s", test.args, err, &stderr, test.want)
+		if !regexp.MustCompile(want).MatchString(fmt.Sprint(err)) || errors.Is(err, errUsage) != isUsage || stderr.Len() > 0 {
+			t.Errorf("%s: got the error %v and the output %q, want %s", test.args, err, &stderr, want)
 		}
 		if after := readDirectory(); !maps.Equal(after, before) {
 			t.Errorf("%s: got the files %v, want %v", test.args, after, before)
@@ -858,67 +850,74 @@ func TestBadStarts(t *testing.T) {
 func readDirectory() map[string]string {
 	files := make(map[string]string)
 	for _, file := range must(os.ReadDir(".")) {
-		if data, _ := os.ReadFile(file.Name()); filepath.Ext(file.Name()) != ".lock" {
-			files[file.Name()] = string(data) // empty for a directory
+		if files[file.Name()] = file.Type().String(); file.Type().IsRegular() {
+			files[file.Name()] = string(must(os.ReadFile(file.Name())))
 		}
 	}
+	maps.DeleteFunc(files, func(name, _ string) bool { return filepath.Ext(name) == ".lock" })
 	return files
 }
 
-func TestUsage(t *testing.T) {
-	var stderr bytes.Buffer
-	if err := run(t.Context(), []string{"-h"}, &stderr); !errors.Is(err, flag.ErrHelp) || stderr.String() != usage {
-		t.Errorf("-h: got %v and\n%s\nwant the usage", err, &stderr)
+// TestFlags tests defaults, help, exit status, and what is printed at a start.
+func TestFlagsAndOutput(t *testing.T) {
+	o, err := parseFlags(nil, io.Discard)
+	if want := (options{"localhost:8080", "ideapool.json", "ideapool.pem", 10 * time.Minute, 720 * time.Hour, "*", false}); err != nil || o != want {
+		t.Errorf("without flags: got %+v, want %+v", o, want)
 	}
-	for argument, want := range map[string]int{"-h": 0, "-nope": 2} {
+	var got strings.Builder
+	printWelcome(&got, &net.TCPAddr{IP: net.IPv6unspecified, Port: 80}, options{})
+	if want := "Idea Pool is at http://localhost:80\n  data: in memory, lost when this stops\n"; !strings.HasPrefix(got.String(), want) {
+		t.Errorf("without a host: got\n%s\nwant\n%s", &got, want)
+	}
+	for argument, want := range map[string]struct {
+		status int
+		stderr string
+	}{
+		"-h":           {0, `(?s)^Usage: ideapool \[flags\]\n  -access-ttl .*-addr .*-cors-origin .*-data .*-key .*-quiet.*-refresh-ttl [^\n]*\n[^\n]*\n$`},
+		"-nope":        {2, "^ideapool: invalid usage: flag provided but not defined: -nope .run ideapool -h for help.\n$"},
+		"-addr=x:port": {1, "^ideapool: -addr x:port: .*; choose another address\n$"},
+	} {
+		var stderr bytes.Buffer
 		command := exec.Command(os.Args[0], argument)
-		command.Env = append(os.Environ(), serveEnv+"=1")
-		if command.Run(); command.ProcessState.ExitCode() != want {
-			t.Errorf("%s: got %v, want %d", argument, command.ProcessState, want)
+		command.Env, command.Stderr = append(os.Environ(), serveEnv+"=1"), &stderr
+		command.Run()
+		if got := command.ProcessState.ExitCode(); got != want.status || !regexp.MustCompile(want.stderr).MatchString(stderr.String()) {
+			t.Errorf("%s: got status %d and\n%s\nwant %d and %s", argument, got, &stderr, want.status, want.stderr)
 		}
-	}
-	if lines := regexp.MustCompile(`(?m)^.{0,80}$`).FindAllString(usage, -1); len(lines) != strings.Count(usage, "\n")+1 || len(lines) > 24 {
-		t.Errorf("the usage does not fit on a screen:\n%s", usage)
-	}
-	got, err := parseFlags(nil, io.Discard)
-	if want := (options{"localhost:8080", "ideapool.json", "ideapool.pem", 10 * time.Minute, 720 * time.Hour, "*", false}); err != nil || got != want {
-		t.Errorf("without flags: got %+v, want %+v", got, want)
 	}
 }
 
 // Fuzzing and benchmarks:
 
 // FuzzRequest tests that no method, path, body or header leads to a 5xx, a
-// redirect, or a response that is unlike the others.
+// redirect, or a response that breaks the common rules.
 func FuzzRequest(f *testing.F) {
-	for _, route := range allRoutes {
-		method, path, _ := strings.Cut(route, " ")
+	s := newTestServer(f)
+	for _, request := range requests(s) {
+		method, path, _ := strings.Cut(request, " ")
 		f.Add(method, path, "application/json", `{"content":"a","impact":"8","ease":9,"confidence":10}`)
 		f.Add(method, path+"?page=2", "application/x-www-form-urlencoded", "refresh_token=a%00&email=a%40b.c")
 	}
 	f.Add("CONNECT", "/ideas/../me", "", "[]")
 	f.Add("GET", "*", "", "")
-	s := newTestServer(f)
 	c := newClient(f, s)
 	c.signUp()
-	token := c.names["jwt"]
-	id := must(s.tokens.verify(token)).UserID
-	s.hashing = newGate(0, 0) // hashes take too long here
+	jack, _ := s.store.userByEmail("jack@test.com")
 	f.Fuzz(func(t *testing.T, method, path, contentType, body string) {
 		u, err := url.ParseRequestURI(path)
 		if err != nil || !regexp.MustCompile("^[A-Z]+$").MatchString(method) {
 			t.Skip()
 		}
-		if _, err := s.tokens.verify(token); err != nil { // it was logged out
-			token = must(s.tokens.sign(claims{UserID: id}))
-		}
-		for _, token := range []string{"", token} {
+		// The token is a new one if the last was logged out.
+		now := time.Now()
+		expires, _ := s.store.freeExpiry(jack.ID, now.Unix(), now.Add(time.Hour).Unix())
+		for _, token := range []string{"", must(s.tokens.sign(claims{Expires: expires, UserID: jack.ID}))} {
 			c := &client{t: t, origin: "*"}
 			header := http.Header{"Content-Type": {contentType}, "X-Access-Token": {token}}
 			r := &http.Request{Method: method, URL: u, Body: io.NopCloser(strings.NewReader(body)), Header: header}
 			w := httptest.NewRecorder()
 			s.ServeHTTP(w, r)
-			if resp := c.read(r, w.Result()); resp.StatusCode >= 500 && resp.StatusCode != 503 || resp.StatusCode/100 == 3 {
+			if resp := c.read(r, w.Result()); resp.StatusCode >= 500 || resp.StatusCode/100 == 3 {
 				t.Errorf("%s %s: got %s", method, path, resp.Status)
 			}
 		}
@@ -927,20 +926,15 @@ func FuzzRequest(f *testing.F) {
 
 // FuzzText tests that text is trimmed, and otherwise rejected or not changed.
 func FuzzText(f *testing.F) {
-	for _, s := range []string{"a", " é\n", "\u0000", "\ufffd", "<&>", "\u2028", "a\xff", `"\`, "\u00a0"} {
+	for _, s := range []string{"a", " é\n", "a\r\nb", "\u0000", "\ufffd", "<&>", "\u2028", "a\xff", `"\`, "\u00a0"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		bodies := map[string]string{
-			"application/json":                  `{"content":` + string(must(json.Marshal(s))) + `}`,
-			"application/x-www-form-urlencoded": url.Values{"content": {s}}.Encode(),
-		}
-		for contentType, body := range bodies {
-			r := httptest.NewRequest("POST", "/ideas", strings.NewReader(body))
-			r.Header.Set("Content-Type", contentType)
-			in := readInput(r)
+		inJSON := must(json.Marshal(map[string]string{"content": s}))
+		inForm := url.Values{"content": {s}}.Encode()
+		for _, in := range []*input{newInput(parseObject(inJSON)), newInput(parseForm(inForm))} {
 			if got := in.text("content", 255); in.err() == nil && got != strings.TrimSpace(s) {
-				t.Errorf("%s: got %q, want %q", contentType, got, s)
+				t.Errorf("got %q, want %q", got, s)
 			}
 		}
 	})
@@ -965,48 +959,46 @@ func BenchmarkHandlers(b *testing.B) {
 		method, target, _ := strings.Cut(c.expand(request), " ")
 		r := httptest.NewRequest(method, target, nil)
 		r.Header.Set("X-Access-Token", c.names["jwt"])
-		b.Run(request+"/bare", func(b *testing.B) { benchmark(b, bare, r) })
-		b.Run(request+"/ours", func(b *testing.B) { benchmark(b, s, r) })
-	}
-}
-
-func benchmark(b *testing.B, h http.Handler, r *http.Request) {
-	w, body := discardWriter{make(http.Header)}, strings.NewReader("")
-	b.ReportAllocs()
-	for b.Loop() {
-		if r.Method == "POST" || r.Method == "PUT" {
-			body.Reset(anIdea)
-			r.Body, r.ContentLength = io.NopCloser(body), int64(len(anIdea))
+		for name, h := range map[string]http.Handler{"bare": bare, "ours": s} {
+			b.Run(request+"/"+name, func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					r := *r
+					r.Body = io.NopCloser(strings.NewReader(anIdea))
+					h.ServeHTTP(httptest.NewRecorder(), &r)
+				}
+			})
 		}
-		clear(w.header)
-		h.ServeHTTP(w, r)
 	}
 }
-
-// A discardWriter is a minimal ResponseWriter.
-type discardWriter struct{ header http.Header }
-
-func (w discardWriter) Header() http.Header         { return w.header }
-func (w discardWriter) WriteHeader(int)             {}
-func (w discardWriter) Write(p []byte) (int, error) { return len(p), nil }
 
 // Helpers. Others (must, member, atOnce, mustStart, scratch, quiet, rfcKey) are
 // in the other test files.
 
 // newTestServer returns a server that keeps everything in memory and signs with
-// rfcKey, unless the flags of the command say otherwise.
+// rfcKey, unless the flags of the command say otherwise. Its hashes are cheap.
 func newTestServer(t testing.TB, flags ...string) *server {
 	o := must(parseFlags(append([]string{"-data="}, flags...), io.Discard))
 	key := rfcKey()
 	if o.key != "ideapool.pem" {
 		key = must(readKey(o.key))
 	}
-	store := must(openStore(o.data, quiet))
+	store := must(openStore(o.data, nil, quiet))
 	if err := store.start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { store.close() })
-	return newServer(o, key, store, quiet)
+	t.Cleanup(store.release)
+	s := newServer(o, key, store, quiet)
+	s.hashCost = argonCost{memory: 64, passes: 1, threads: 1}
+	return s
+}
+
+// requests returns a request for each route.
+func requests(s *server) (all []string) {
+	for _, pattern := range s.patterns {
+		all = append(all, strings.Replace(pattern, "{id}", "x", 1))
+	}
+	return all
 }
 
 // A client sends requests to a server.
@@ -1018,9 +1010,14 @@ type client struct {
 	names     map[string]string // what $name stands for
 }
 
-// newClient returns a client of a handler behind a network in memory.
+// newClient returns a client of a handler behind a network in memory. The header
+// From sets the address from which a request seems to come.
 func newClient(t testing.TB, h http.Handler) *client {
-	network, server := make(pipes), &http.Server{Handler: h}
+	network := make(pipes)
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.RemoteAddr = r.Header.Get("From")
+		h.ServeHTTP(w, r)
+	})}
 	go server.Serve(network)
 	transport := &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return network.dial(), nil }}
 	t.Cleanup(func() { transport.CloseIdleConnections(); server.Close() })
@@ -1043,11 +1040,15 @@ func (c *client) signUp() {
 	c.names["jwt"], c.names["refresh"] = member(resp.body, "jwt"), member(resp.body, "refresh_token")
 }
 
-// send sends a request, such as "GET /me", with headers such as "Name: value".
+// send sends a request, such as "GET /me", with headers such as "Name: value". A
+// body is JSON unless they say otherwise.
 func (c *client) send(request, body string, headers ...string) testResponse {
 	c.t.Helper()
 	method, target, _ := strings.Cut(c.expand(request), " ")
 	r := must(http.NewRequest(method, c.url+target, strings.NewReader(c.expand(body))))
+	if body != "" && !slices.ContainsFunc(headers, func(h string) bool { return strings.HasPrefix(h, "Content-Type:") }) {
+		r.Header.Set("Content-Type", "application/json")
+	}
 	for _, header := range headers {
 		name, value, _ := strings.Cut(c.expand(header), ":")
 		r.Header.Add(name, strings.TrimSpace(value))
@@ -1116,29 +1117,29 @@ func play(t *testing.T, path string) (step, error) {
 	c, repeat := newClient(t, newTestServer(t)), 1
 	c.names["dir"] = t.TempDir()
 	for _, step := range readTranscript(path) {
-		switch {
-		case step.command == nil:
-			for range repeat {
-				if problem := c.check(step); problem != "" {
+		command, argument, _ := strings.Cut(step.command, " ")
+		switch command {
+		case "":
+			for _, body := range slices.Repeat(step.bodies, repeat) {
+				if problem := c.check(step, body); problem != "" {
 					return step, fmt.Errorf("%s:%d: %s", path, step.line, problem)
 				}
 			}
 			repeat = 1
-		case step.command[0] == "ideapool":
+		case "ideapool":
 			dir := t.TempDir() // with the files as a kill would leave them
 			c.names["dir"] = must(dir, os.CopyFS(dir, os.DirFS(c.names["dir"])))
-			flags := step.command[1:]
-			for n := range flags {
-				flags[n] = c.expand(flags[n])
-			}
+			flags := strings.Fields(c.expand(argument))
 			c.transport, c.origin = newClient(t, newTestServer(t, flags...)).transport, "*"
 			if i := slices.Index(flags, "-cors-origin"); i >= 0 {
-				c.origin = strings.Replace(flags[i+1], "none", "", 1)
+				c.origin = strings.TrimPrefix(flags[i+1], "none")
 			}
-		case step.command[0] == "sleep":
-			time.Sleep(must(time.ParseDuration(step.command[1])))
-		case step.command[0] == "repeat":
-			repeat = must(strconv.Atoi(step.command[1]))
+		case "sleep":
+			time.Sleep(must(time.ParseDuration(argument)))
+		case "repeat":
+			repeat = must(strconv.Atoi(argument))
+		default:
+			return step, fmt.Errorf("%s:%d: there is no command %s", path, step.line, command)
 		}
 	}
 	return step{}, nil
@@ -1146,11 +1147,13 @@ func play(t *testing.T, path string) (step, error) {
 
 // A step of a transcript is a request and the lines of its response, or a command.
 type step struct {
-	line          int
-	marked        bool // see TestExercise
-	command       []string
-	request, body string
-	headers, want []string
+	line    int
+	marked  bool // see TestExercise
+	command string
+	request string
+	headers []string
+	bodies  []string // the request is sent with each of them
+	want    []string
 }
 
 // readTranscript reads the steps of a transcript. See document.txt for its format.
@@ -1165,7 +1168,7 @@ func readTranscript(path string) (steps []step) {
 		case line == "", line[0] == '#':
 			marked = marked || line == "# Fails until the exercise is solved."
 		case isCommand:
-			steps = append(steps, step{line: n + 1, command: strings.Fields(command)})
+			steps = append(steps, step{line: n + 1, command: command})
 		case isSent && strings.Contains(sent, " /"):
 			steps = append(steps, step{line: n + 1, marked: marked, request: sent})
 			marked = false
@@ -1174,19 +1177,24 @@ func readTranscript(path string) (steps []step) {
 		case line[0] == '<', steps[last].want != nil:
 			steps[last].want = append(steps[last].want, line)
 		default:
-			steps[last].body = line
-			if !slices.ContainsFunc(steps[last].headers, func(h string) bool { return strings.HasPrefix(h, "Content-Type:") }) {
-				steps[last].headers = append(steps[last].headers, "Content-Type: application/json")
-			}
+			steps[last].bodies = append(steps[last].bodies, line)
+		}
+	}
+	for n := range steps {
+		if steps[n].bodies == nil {
+			steps[n].bodies = []string{""}
 		}
 	}
 	return steps
 }
 
 // check sends the request of a step, and returns how the response differs.
-func (c *client) check(s step) (problem string) {
+func (c *client) check(s step, body string) (problem string) {
 	c.t.Helper()
-	resp := c.send(s.request, s.body, s.headers...)
+	resp := c.send(s.request, body, s.headers...)
+	if s.want == nil {
+		problem = "\nThe step has no response."
+	}
 	for _, line := range s.want {
 		want, got := c.expand(line), resp.body
 		if name, _, isHeader := strings.Cut(line, ":"); isHeader && line[0] == '<' {
@@ -1199,7 +1207,7 @@ func (c *client) check(s step) (problem string) {
 		}
 	}
 	if problem != "" {
-		problem = s.request + problem + "\nThe response has the body " + resp.body
+		problem = fmt.Sprintf("%s %s%s\nThe response has the body %s", s.request, body, problem, resp.body)
 	}
 	return problem
 }
@@ -1240,11 +1248,3 @@ func (p pipes) dial() net.Conn {
 	p <- server
 	return client
 }
-
-var isID = regexp.MustCompile(`^[0-9a-z]{9}$`)
-
-type load struct{} // this and loadEnv are gone as soon as TestMain in store_test.go does not name them
-
-const loadEnv = ""
-
-func (load) run() {}

@@ -5,26 +5,29 @@ import (
 	"cmp"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
-	"net/url"
 	"slices"
 	"strconv"
 	"time"
+	"unicode/utf8"
 )
 
-// An idea is what a client gets, and what the store keeps. Once stored it is
-// never changed, only replaced, so a reader may use it without a lock.
+const (
+	maxContent = 255 // characters
+	maxScore   = 10
+	pageSize   = 10 // ideas
+)
+
+// An idea as clients see it.
 type idea struct {
-	ID         serial  `json:"id"` // nine characters
+	ID         string  `json:"id"`
 	Content    string  `json:"content"`
 	Impact     int     `json:"impact"`
 	Ease       int     `json:"ease"`
 	Confidence int     `json:"confidence"`
 	Average    average `json:"average_score"`
 	Created    int64   `json:"created_at"` // seconds since 1970
-
-	Owner serial `json:"owner,omitempty"` // in the files only
-	json  []byte // what the client gets, see seal
 }
 
 // An average is always written with a decimal point: 8.0, 6.333333333333333.
@@ -38,43 +41,48 @@ func (a average) MarshalJSON() ([]byte, error) {
 	return text, nil
 }
 
-const pageSize = 10
+// A storedIdea is an idea and its owner. It is never changed, only replaced, so it
+// can be read without a lock.
+type storedIdea struct {
+	Owner string `json:"owner"` // a user id
+	Idea  idea   `json:"idea"`
+	json  []byte // of Idea; made once, served and saved as it is
+}
+
+// An ideaKey finds an idea for its owner, and for nobody else.
+type ideaKey struct {
+	Owner string `json:"owner"`
+	ID    string `json:"id"`
+}
 
 var errNoIdea = errors.New("you have no such idea")
 
-// createIdea answers POST /ideas.
+// createIdea responds to POST /ideas.
 func (s *server) createIdea(w http.ResponseWriter, r *http.Request, u user) error {
-	i, err := readIdea(r)
+	i, err := readIdea(w, r, u)
 	if err != nil {
 		return err
 	}
-	i.ID, i.Owner, i.Created = s.store.newID(), u.ID, time.Now().Unix()
-	if err := i.seal(); err != nil {
-		return err
-	}
-	if err := s.store.commit(change{Create: i}); err != nil {
-		return err
-	}
-	writeBody(w, http.StatusCreated, i.json)
-	return nil
+	i.Idea.ID, i.Idea.Created = s.store.newID(), time.Now().Unix()
+	return s.saveIdea(w, http.StatusCreated, i, change{Create: i})
 }
 
-// deleteIdea answers DELETE /ideas/{id}.
+// deleteIdea responds to DELETE /ideas/{id}.
 func (s *server) deleteIdea(w http.ResponseWriter, r *http.Request, u user) error {
-	i, err := s.store.idea(u.ID, parseSerial(r.PathValue("id")))
-	if err != nil {
+	key := ideaKey{Owner: u.ID, ID: r.PathValue("id")}
+	if _, err := s.store.idea(key); err != nil {
 		return err
 	}
-	if err := s.store.commit(change{Delete: i}); err != nil {
+	if err := s.store.commit(change{Delete: &key}); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
 
-// listIdeas answers GET /ideas with one page.
+// listIdeas responds to GET /ideas with one page.
 func (s *server) listIdeas(w http.ResponseWriter, r *http.Request, u user) error {
-	page, err := pageOf(r.URL.RawQuery)
+	page, err := readPage(r.URL.RawQuery)
 	if err != nil {
 		return err
 	}
@@ -84,21 +92,89 @@ func (s *server) listIdeas(w http.ResponseWriter, r *http.Request, u user) error
 	return nil
 }
 
-// pageOf reads the page of a query. What else there is does not matter, unless it
-// is broken and may have been a page.
-func pageOf(query string) (int, error) {
-	values, broken := url.ParseQuery(query)
-	if broken == nil && !values.Has("page") {
+// updateIdea responds to PUT /ideas/{id}.
+func (s *server) updateIdea(w http.ResponseWriter, r *http.Request, u user) error {
+	i, err := readIdea(w, r, u)
+	if err != nil {
+		return err
+	}
+	old, err := s.store.idea(ideaKey{Owner: u.ID, ID: r.PathValue("id")})
+	if err != nil {
+		return err
+	}
+	i.Idea.ID, i.Idea.Created = old.Idea.ID, old.Idea.Created
+	return s.saveIdea(w, http.StatusOK, i, change{Update: i})
+}
+
+// readIdea reads the fields of an idea that a client may set.
+func readIdea(w http.ResponseWriter, r *http.Request, u user) (*storedIdea, error) {
+	in := readBody(w, r)
+	i := idea{
+		Content:    in.text("content", maxContent),
+		Impact:     in.integer("impact", maxScore),
+		Ease:       in.integer("ease", maxScore),
+		Confidence: in.integer("confidence", maxScore),
+	}
+	return &storedIdea{Owner: u.ID, Idea: i}, in.err()
+}
+
+// saveIdea saves the change that has an idea, and responds with the idea.
+func (s *server) saveIdea(w http.ResponseWriter, status int, i *storedIdea, c change) error {
+	if err := i.encode(); err != nil {
+		return err
+	}
+	if err := s.store.commit(c); err != nil {
+		return err
+	}
+	writeBody(w, status, i.json)
+	return nil
+}
+
+func (i *idea) scores() []int { return []int{i.Impact, i.Ease, i.Confidence} }
+
+func (i *idea) sum() (sum int) {
+	for _, score := range i.scores() {
+		sum += score
+	}
+	return sum
+}
+
+// encode checks an idea, from a client or from a file that was edited by hand, and
+// computes its average and its JSON.
+func (i *storedIdea) encode() (err error) {
+	scores := i.Idea.scores()
+	length := utf8.RuneCountInString(i.Idea.Content)
+	if !idShape.MatchString(i.Idea.ID) || length < 1 || length > maxContent || slices.Min(scores) < 1 || slices.Max(scores) > maxScore {
+		return fmt.Errorf("idea %q: the id, the content or a score is invalid", i.Idea.ID)
+	}
+	i.Idea.Average = average(i.Idea.sum()) / average(len(scores))
+	i.json, err = json.Marshal(i.Idea)
+	return err
+}
+
+// keepJSON extracts the JSON of an idea from that of its change, as appendJSON
+// wrote it: {"create":{"owner":"6d3r16h4n","idea":{…}}}.
+func (c change) keepJSON(text []byte) {
+	if i := cmp.Or(c.Create, c.Update); i != nil {
+		_, text, _ = bytes.Cut(text, []byte(`"idea":`))
+		i.json = bytes.Clone(bytes.TrimSuffix(text, []byte("}}")))
+	}
+}
+
+// readPage reads the number of a page, which is 1 if none is given.
+func readPage(query string) (int, error) {
+	pages := queryValues(query, "page")
+	if len(pages) == 0 {
 		return 1, nil
 	}
-	page, err := strconv.ParseUint(values.Get("page"), 10, strconv.IntSize-1)
-	if err != nil || page == 0 || len(values["page"]) > 1 {
+	page, err := strconv.ParseUint(pages[0], 10, strconv.IntSize-1)
+	if err != nil || page == 0 || len(pages) > 1 {
 		return 0, fieldErrors{"page": "must be an integer above 0"}
 	}
 	return int(page), nil
 }
 
-// links names the pages beside this one (RFC 8288).
+// links names the pages around a page (RFC 8288).
 func links(page, total int) string {
 	last := max(1, pagesFor(total))
 	link := func(page int, relation string) string {
@@ -114,184 +190,117 @@ func links(page, total int) string {
 	return all + ", " + link(last, "last")
 }
 
-// updateIdea answers PUT /ideas/{id}.
-func (s *server) updateIdea(w http.ResponseWriter, r *http.Request, u user) error {
-	i, err := readIdea(r)
-	if err != nil {
-		return err
-	}
-	old, err := s.store.idea(u.ID, parseSerial(r.PathValue("id")))
-	if err != nil {
-		return err
-	}
-	i.ID, i.Owner, i.Created = old.ID, old.Owner, old.Created
-	if err := i.seal(); err != nil {
-		return err
-	}
-	if err := s.store.commit(change{Update: i}); err != nil {
-		return err
-	}
-	writeBody(w, http.StatusOK, i.json)
-	return nil
-}
-
-// readIdea reads what a client may say of an idea.
-func readIdea(r *http.Request) (*idea, error) {
-	in := readInput(r)
-	i := &idea{
-		Content:    in.text("content", maxContent),
-		Impact:     in.integer("impact", maxScore),
-		Ease:       in.integer("ease", maxScore),
-		Confidence: in.integer("confidence", maxScore),
-	}
-	return i, in.err()
-}
-
-const (
-	maxContent = 255 // characters
-	maxScore   = 10
-)
-
-// seal checks an idea, from a client or a file, and makes all that follows from
-// the rest: the average, and the JSON, which is then served as often as it is
-// asked for.
-func (i *idea) seal() (err error) {
-	if i.json != nil {
-		return nil // it is sealed already
-	}
-	scores := i.scores()
-	if i.ID == 0 || i.Content == "" || slices.Min(scores) < 1 || slices.Max(scores) > maxScore {
-		return errContradiction
-	}
-	i.Average = average(i.sum()) / average(len(scores))
-	sealed := *i
-	sealed.Owner = 0
-	i.json, err = json.Marshal(sealed)
-	return err
-}
-
-func (i *idea) scores() []int { return []int{i.Impact, i.Ease, i.Confidence} }
-
-func (i *idea) sum() (sum int) {
-	for _, score := range i.scores() {
-		sum += score
-	}
-	return sum
-}
-
-// record is what a snapshot has of an idea: the same as json.Marshal would
-// make, without making it again.
-func (i *idea) record() []byte {
-	return slices.Concat(i.json[:len(i.json)-1], []byte(`,"owner":"`+i.Owner.String()+`"}`))
-}
-
-// A pool is the ideas of one user, by the sum of their scores, which orders them
-// as the average does. Only equals have to be kept in order, the oldest first: a
-// new idea comes in at their end.
-type pool [][]*idea
-
-// add returns the pool, which may have grown, as append does.
-func (p pool) add(i *idea) pool {
-	if missing := i.sum() + 1 - len(p); missing > 0 {
-		p = append(p, make(pool, missing)...)
-	}
-	equals := p[i.sum()]
-	p[i.sum()] = slices.Insert(equals, find(equals, i), i)
-	return p
-}
-
-func (p pool) remove(i *idea) {
-	equals := p[i.sum()]
-	at := find(equals, i)
-	p[i.sum()] = slices.Delete(equals, at, at+1)
-}
-
-func (p pool) replace(old, i *idea) pool {
-	if equals := p[old.sum()]; i.sum() == old.sum() {
-		equals[find(equals, old)] = i
-		return p
-	}
-	p.remove(old)
-	return p.add(i)
-}
-
-// find returns where among its equals i is, or would be.
-func find(equals []*idea, i *idea) (at int) {
-	at, _ = slices.BinarySearchFunc(equals, i.ID, func(equal *idea, id serial) int { return cmp.Compare(equal.ID, id) })
-	return at
-}
-
-// page returns a page of the list, in JSON, and the number of all ideas. The
-// list begins with the highest average, and of equals with the newest.
-func (p pool) page(number int) (list []byte, total int) {
-	for _, equals := range p {
-		total += len(equals)
-	}
-	if number > pagesFor(total) {
-		return []byte("[]"), total
-	}
-	list = append(make([]byte, 0, pageSize*200), '[') // most pages have room
-	skip, missing := (number-1)*pageSize, pageSize
-	for _, equals := range slices.Backward(p) {
-		rest := equals[:max(0, len(equals)-skip)]
-		skip -= len(equals) - len(rest)
-		rest = rest[max(0, len(rest)-missing):]
-		missing -= len(rest)
-		for _, i := range slices.Backward(rest) {
-			list = append(append(list, i.json...), ',')
-		}
-	}
-	list[len(list)-1] = ']' // in the place of the last comma
-	return list, total
-}
-
 func pagesFor(ideas int) int { return (ideas + pageSize - 1) / pageSize }
 
-// addIdea applies a creation.
-func (m *memory) addIdea(i *idea) error {
-	_, twice := m.ideas[i.ID]
-	_, known := m.users[i.Owner]
-	if twice || !known {
-		return errContradiction
+// An ideaList is the ideas of one user, in the order of compareIdeas.
+type ideaList []*storedIdea
+
+// compareIdeas puts the highest average first, and of equal ones the newest. The
+// sum of the scores orders ideas as their average does.
+func compareIdeas(a, b *storedIdea) int {
+	return cmp.Or(cmp.Compare(b.Idea.sum(), a.Idea.sum()), cmp.Compare(b.Idea.ID, a.Idea.ID))
+}
+
+func (l *ideaList) add(i *storedIdea) {
+	at, _ := slices.BinarySearchFunc(*l, i, compareIdeas)
+	*l = slices.Insert(*l, at, i)
+}
+
+func (l *ideaList) remove(i *storedIdea) {
+	if at, found := slices.BinarySearchFunc(*l, i, compareIdeas); found {
+		*l = slices.Delete(*l, at, at+1)
 	}
-	if err := i.seal(); err != nil {
-		return err
+}
+
+// page returns one page of the list, in JSON.
+func (l ideaList) page(number int) []byte {
+	if number > pagesFor(len(l)) {
+		return []byte("[]")
 	}
-	m.pools[i.Owner] = m.pools[i.Owner].add(i)
-	m.ideas[i.ID] = i
-	m.lastID = max(m.lastID, i.ID)
+	from := (number - 1) * pageSize
+	page := make([]byte, 0, pageSize*200) // most pages fit
+	for _, i := range l[from:min(from+pageSize, len(l))] {
+		page = append(append(page, ','), i.json...)
+	}
+	page[0] = '['
+	return append(page, ']')
+}
+
+func (s *store) idea(key ideaKey) (*storedIdea, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.findIdea(key)
+}
+
+// pageOfIdeas returns a page of a user's list, in JSON, and the number of all
+// their ideas.
+func (s *store) pageOfIdeas(owner string, page int) (list []byte, total int) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	ideas := s.accounts[owner].ideas
+	return ideas.page(page), len(ideas)
+}
+
+// findIdea does not reveal that an idea is somebody else's.
+func (m *memory) findIdea(key ideaKey) (*storedIdea, error) {
+	if i := m.ideas[key.ID]; i != nil && i.Owner == key.Owner {
+		return i, nil
+	}
+	return nil, errNoIdea
+}
+
+// addIdea applies a create.
+func (m *memory) addIdea(i *storedIdea) error {
+	a := m.accounts[i.Owner]
+	if m.ideas[i.Idea.ID] != nil || a == nil {
+		return errInconsistent
+	}
+	if i.json == nil { // from a file that was edited by hand
+		if err := i.encode(); err != nil {
+			return err
+		}
+	}
+	i.Owner = a.user.ID // the same string, not a copy
+	m.usedID(i.Idea.ID)
+	m.ideas[i.Idea.ID] = i
+	if m.loading {
+		a.ideas = append(a.ideas, i)
+	} else {
+		a.ideas.add(i)
+	}
 	return nil
 }
 
 // replaceIdea applies an update.
-func (m *memory) replaceIdea(i *idea) error {
-	if err := i.seal(); err != nil {
+func (m *memory) replaceIdea(i *storedIdea) error {
+	if err := m.removeIdea(ideaKey{Owner: i.Owner, ID: i.Idea.ID}); err != nil {
 		return err
 	}
-	old, err := m.findIdea(i.Owner, i.ID)
+	return m.addIdea(i)
+}
+
+// removeIdea applies a delete.
+func (m *memory) removeIdea(key ideaKey) error {
+	i, err := m.findIdea(key)
 	if err != nil {
 		return err
 	}
-	m.pools[i.Owner] = m.pools[i.Owner].replace(old, i)
-	m.ideas[i.ID] = i
+	delete(m.ideas, key.ID)
+	if m.loading {
+		i.json = nil // sortLists removes it
+	} else {
+		m.accounts[key.Owner].ideas.remove(i)
+	}
 	return nil
 }
 
-// removeIdea applies a deletion.
-func (m *memory) removeIdea(owner, id serial) error {
-	i, err := m.findIdea(owner, id)
-	if err != nil {
-		return err
+// sortLists finishes the lists of ideas at a start: until then they are unsorted
+// and still hold removed ideas. Doing this once, after the last change, takes the
+// same time whatever the order of the changes.
+func (m *memory) sortLists() {
+	m.loading = false
+	for _, a := range m.accounts {
+		a.ideas = slices.DeleteFunc(a.ideas, func(i *storedIdea) bool { return i.json == nil })
+		slices.SortFunc(a.ideas, compareIdeas)
 	}
-	m.pools[owner].remove(i)
-	delete(m.ideas, id)
-	return nil
-}
-
-// findIdea does not reveal that an idea is somebody else's.
-func (m *memory) findIdea(owner, id serial) (*idea, error) {
-	if i := m.ideas[id]; i != nil && i.Owner == owner {
-		return i, nil
-	}
-	return nil, errNoIdea
 }

@@ -11,9 +11,10 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"math/big"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -21,57 +22,47 @@ import (
 )
 
 // tokenHeader is {"typ":"JWT","alg":"RS256"} and a dot, the only header there
-// is. A token with any other is refused before a byte of it is decoded: there
+// is. A token with another one is rejected before any of it is decoded: there
 // is no alg to confuse, and no kid, jwk or jku to obey (RFC 8725 §3.1).
 const tokenHeader = "eyJ0eXAiOiJKV1QiLCJhbGciOiJSUzI1NiJ9."
 
-// maxToken bounds the work on a token, in bytes. The longest name and e-mail
-// make one of 4.4 KiB.
+// maxToken is the size, in bytes, above which a token is rejected unread. The
+// longest name and e-mail make one of 4.4 KiB.
 const maxToken = 8 << 10
 
-// tokens makes and checks access tokens: JSON Web Tokens (RFC 7519), signed
+// tokens makes and verifies access tokens: JSON Web Tokens (RFC 7519), signed
 // with RS256, which is RSASSA-PKCS1-v1_5 with SHA-256 (RFC 7518 §3.3).
 type tokens struct {
 	key *rsa.PrivateKey
-	ttl time.Duration
 
 	mu sync.RWMutex
-	// verified remembers good tokens that are not revoked: verifying a signature
-	// costs more than all the rest of a request.
+	// verified remembers good tokens: to verify a signature costs more than the rest
+	// of a request.
 	verified map[string]claims
-	// revoked are those logged out. Claims identify a token: those of one user that
-	// expire in the same second are the same to the byte.
-	revoked map[claims]bool
 }
 
 // claims are what a token says, in the order of the API document.
 type claims struct {
 	Expires int64  `json:"exp"` // seconds since 1970
-	UserID  serial `json:"id"`
+	UserID  string `json:"id"`
 	Email   string `json:"email"`
 	Name    string `json:"name"`
 }
 
-var errToken = errors.New("not a token of ours, or no longer")
+func (c claims) id() tokenID { return tokenID{UserID: c.UserID, Expires: c.Expires} }
 
-func newTokens(key *rsa.PrivateKey, ttl time.Duration) *tokens {
-	return &tokens{key: key, ttl: ttl, verified: make(map[string]claims), revoked: make(map[claims]bool)}
+var errToken = errors.New("the access token is missing, invalid, expired or logged out")
+
+func newTokens(key *rsa.PrivateKey) *tokens {
+	return &tokens{key: key, verified: make(map[string]claims)}
 }
 
-// sign makes a token that says c and expires after the time to live. It is
-// good even if the same, to the byte, was made and revoked within this second.
+// sign makes a token.
 func (t *tokens) sign(c claims) (string, error) {
-	c.Expires = time.Now().Add(t.ttl).Unix()
 	unsigned := c.unsigned()
 	digest := sha256.Sum256([]byte(unsigned))
 	signature, err := rsa.SignPKCS1v15(nil, t.key, crypto.SHA256, digest[:])
-	if err != nil {
-		return "", err
-	}
-	t.mu.Lock()
-	delete(t.revoked, c)
-	t.mu.Unlock()
-	return unsigned + "." + base64.RawURLEncoding.EncodeToString(signature), nil
+	return unsigned + "." + base64.RawURLEncoding.EncodeToString(signature), err
 }
 
 // unsigned is a token up to its signature.
@@ -80,7 +71,7 @@ func (c claims) unsigned() string {
 	return tokenHeader + base64.RawURLEncoding.EncodeToString(payload)
 }
 
-// verify returns what token says, or errToken, whatever is wrong with it.
+// verify returns what a token says, or errToken, whatever is wrong with it.
 func (t *tokens) verify(token string) (claims, error) {
 	t.mu.RLock()
 	c, known := t.verified[token]
@@ -91,11 +82,11 @@ func (t *tokens) verify(token string) (claims, error) {
 			return claims{}, errToken
 		}
 	}
-	if time.Now().Unix() >= c.Expires { // refused at that very second (RFC 7519 §4.1.4)
+	if time.Now().Unix() >= c.Expires { // rejected at that very second (RFC 7519 §4.1.4)
 		return claims{}, errToken
 	}
-	if !known && !t.admit(token, c) {
-		return claims{}, errToken
+	if !known {
+		t.remember(token, c)
 	}
 	return c, nil
 }
@@ -103,8 +94,8 @@ func (t *tokens) verify(token string) (claims, error) {
 // parse checks everything about a token that does not change with time, in an
 // order in which nothing is believed before the signature is verified.
 func (t *tokens) parse(token string) (claims, error) {
-	encoded, ours := strings.CutPrefix(token, tokenHeader)
-	if !ours || len(token) > maxToken {
+	encoded, ok := strings.CutPrefix(token, tokenHeader)
+	if !ok || len(token) > maxToken {
 		return claims{}, errToken
 	}
 	encodedPayload, encodedSignature, _ := strings.Cut(encoded, ".")
@@ -116,54 +107,35 @@ func (t *tokens) parse(token string) (claims, error) {
 	if err := rsa.VerifyPKCS1v15(&t.key.PublicKey, crypto.SHA256, digest[:], signature); err != nil {
 		return claims{}, err
 	}
-	var c claims
 	payload, err := base64.RawURLEncoding.DecodeString(encodedPayload)
-	if err := errors.Join(err, json.Unmarshal(payload, &c)); err != nil {
+	if err != nil {
 		return claims{}, err
 	}
-	// What sign would write, to the byte: so no claim is missing, given twice or
-	// of another type, and there are no line ends or last bits that base64 skips.
-	if token != c.unsigned()+"."+base64.RawURLEncoding.EncodeToString(signature) {
+	var c claims
+	if err := json.Unmarshal(payload, &c); err != nil {
+		return claims{}, err
+	}
+	// The token must be what sign would make of its claims: so no claim is missing,
+	// given twice or of another type, and there are no line ends or last bits that
+	// base64 skips.
+	if !idShape.MatchString(c.UserID) || token != c.unsigned()+"."+base64.RawURLEncoding.EncodeToString(signature) {
 		return claims{}, errToken
 	}
 	return c, nil
 }
 
-// admit remembers a verified token, unless it is revoked.
-func (t *tokens) admit(token string, c claims) bool {
-	const limit = 10_000
+func (t *tokens) remember(token string, c claims) {
+	const limit = 10_000 // then all are forgotten
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.revoked[c] {
-		return false
-	}
 	if len(t.verified) >= limit {
 		clear(t.verified)
 	}
 	t.verified[token] = c
-	return true
 }
 
-// revoke ends a token before its time. That is remembered until then, but not
-// over a restart.
-func (t *tokens) revoke(token string) {
-	c, err := t.verify(token)
-	if err != nil {
-		return // it has ended already
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	delete(t.verified, token)
-	t.revoked[c] = true
-	time.AfterFunc(time.Until(time.Unix(c.Expires, 0)), func() {
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		delete(t.revoked, c)
-	})
-}
-
-// jwk is the public key as others read it, to verify tokens on their own
-// (RFC 7517 §4, RFC 7518 §6.3.1).
+// jwk is the public key in the form in which others read it, to verify tokens on
+// their own (RFC 7517 §4, RFC 7518 §6.3.1).
 func (t *tokens) jwk() map[string]string {
 	encode := base64.RawURLEncoding.EncodeToString
 	exponent := big.NewInt(int64(t.key.E))
@@ -176,15 +148,18 @@ func (t *tokens) jwk() map[string]string {
 const minKeyBits = 2048
 
 // readKey reads an RSA private key of at least 2048 bits, in PEM of PKCS #8 or
-// PKCS #1. Where there is no file it returns fs.ErrNotExist.
+// PKCS #1. If there is no file, it returns fs.ErrNotExist.
 func readKey(path string) (*rsa.PrivateKey, error) {
+	if err := isRegular(path); err != nil {
+		return nil, err
+	}
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}
 	block, _ := pem.Decode(data)
 	if block == nil {
-		return nil, errors.New("is not PEM")
+		return nil, errors.New("is not PEM; choose another file, or remove it to have a key made")
 	}
 	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {
@@ -193,32 +168,79 @@ func readKey(path string) (*rsa.PrivateKey, error) {
 	private, ok := key.(*rsa.PrivateKey)
 	switch {
 	case err != nil || !ok:
-		return nil, errors.New("is not a valid RSA private key without a passphrase")
+		return nil, errors.New("is not an unencrypted RSA private key; choose another file")
 	case private.N.BitLen() < minKeyBits:
-		return nil, fmt.Errorf("has %d bits, and %d are the least", private.N.BitLen(), minKeyBits)
+		return nil, fmt.Errorf("has only %d bits; choose a key of %d or more", private.N.BitLen(), minKeyBits)
 	}
 	return private, nil
 }
 
-// isPrivate reports whether only its owner can read a file. Windows does not
-// say.
+// isPrivate reports whether only its owner can read a file. On Windows it cannot
+// tell, and returns true.
 func isPrivate(path string) bool {
 	info, err := os.Stat(path)
 	return err == nil && (info.Mode()&0o077 == 0 || runtime.GOOS == "windows")
 }
 
-// makeKey makes a key and keeps it in a file that only its owner can read.
-func makeKey(path string) (*rsa.PrivateKey, error) {
-	key, err := rsa.GenerateKey(rand.Reader, minKeyBits)
-	if err != nil {
-		return nil, err
+// makeKey makes a key and keeps it in a new file that only its owner can read. If
+// another process has made the file meanwhile, it returns the key in there.
+func makeKey(path string) (key *rsa.PrivateKey, made bool, err error) {
+	if key, err = rsa.GenerateKey(rand.Reader, minKeyBits); err != nil {
+		return nil, false, err
 	}
+	temp, err := writeKey(path, key)
+	if err != nil {
+		return nil, false, err
+	}
+	defer os.Remove(temp)
+	err = os.Link(temp, path) // unlike a rename, it replaces no file
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		err = renameNew(temp, path)
+	}
+	if errors.Is(err, fs.ErrExist) {
+		key, err = readKey(path)
+		return key, false, err
+	} else if err != nil {
+		return nil, false, err
+	}
+	if err := disk(nil).syncDirectory(filepath.Dir(path)); err != nil {
+		os.Remove(path)
+		return nil, false, err
+	}
+	return key, true, nil
+}
+
+// renameNew renames a file unless there is one with the new name, on file systems
+// without links.
+func renameNew(from, to string) error {
+	f, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	f.Close()
+	if err = os.Rename(from, to); err != nil {
+		os.Remove(to)
+	}
+	return err
+}
+
+// writeKey writes a key to a temporary file with a name of its own.
+func writeKey(path string, key *rsa.PrivateKey) (temp string, err error) {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	err = disk(nil).replace(path, func(w io.Writer) error {
-		return pem.Encode(w, &pem.Block{Type: "PRIVATE KEY", Bytes: der})
-	})
-	return key, err
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*.tmp")
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	err = pem.Encode(f, &pem.Block{Type: "PRIVATE KEY", Bytes: der})
+	if err == nil {
+		err = f.Sync()
+	}
+	if err != nil {
+		os.Remove(f.Name())
+	}
+	return f.Name(), err
 }

@@ -7,8 +7,15 @@ import (
 	"syscall"
 )
 
-// lock keeps other processes out until f is closed, or this one ends. It
-// returns an error at once if one is in.
-func lock(f *os.File) error {
-	return syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+// lock keeps other processes out until the file is closed or this process ends.
+func lock(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close()
+		return nil, lockError(err)
+	}
+	return f, nil
 }

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +14,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -22,123 +22,95 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
-// A store promises that a change which was answered with success is on disk,
-// whatever happens a moment later. It keeps
+// A store keeps everything in memory, where it is read, and in one file, FILE.
+// A change is first appended to FILE, then fsynced, then applied to memory, and
+// then acknowledged. So nobody sees a change that a crash could still lose,
+// nothing ever has to be undone, and a start, which applies the same changes in
+// the same order, ends with the same memory.
 //
-//	FILE                   the snapshot: all there was when it was written
-//	FILE.journal.00000008  the changes since, one line an fsync; FILE names it
-//	FILE.lock              held by the one process that may use them
-//
-// A change is (1) written to the journal, (2) fsynced, (3) applied to memory
-// and (4) answered. So nobody sees what a crash could take back, there is
-// nothing to undo, and recovery, which applies the same changes in the same
-// order, gives the same result. Everything unusual is one operation, renew
-// (elsewhere called compaction): begin the next journal, write a snapshot that
-// names it, remove the older journals.
-//
-// Locks are taken in the order renewing, diskMu, then queueMu or mu.
+// Locks are acquired in this order: compacting, fileMu, then queueMu or mu.
 type store struct {
-	// mu guards memory, and is never held during I/O. To apply takes diskMu, too:
-	// who holds that may read all but lastID.
+	// mu guards memory and is never held during I/O. Changes are applied with fileMu
+	// held as well, so the holder of fileMu may read everything except lastID
+	// without mu.
 	mu sync.RWMutex
 	memory
 
 	queueMu sync.Mutex
-	queue   []*pending // for its first, who waits for diskMu
+	queue   []*pendingChange
 
-	diskMu    sync.Mutex // to write the journal
-	journal   *os.File
-	number    uint64    // of the journal
-	size      int64     // of what is acknowledged in it
-	sum       uint32    // of what is acknowledged in it
-	limit     int64     // the size at which to renew
-	base      uint64    // the journal that FILE names
-	abandoned uint64    // the last journal that must not be written any more, or 0
-	nextRenew time.Time // none before that
+	fileMu         sync.Mutex // held to write FILE
+	journal        *journal   // nil if everything is kept in memory only
+	collecting     bool       // a compaction is running
+	collected      [][]byte   // the changes since it began, in JSON
+	nextCompaction time.Time  // not before this time
+	closed         bool
 
-	renewing sync.Mutex  // held by the one renew there may be
-	failing  atomic.Bool // the last change could not be stored
+	compacting sync.Mutex  // held by the one compaction that may run
+	failing    atomic.Bool // the last change could not be saved
 
-	torn bool   // a last line was dropped at the start
-	path string // of FILE; "" keeps everything in memory only
-	id   string // in every checksum: keeps the files of another store out
-	lock *os.File
-	disk disk
-	log  *slog.Logger
+	path   string // FILE
+	torn   int    // the number of an incomplete last line that was dropped at the start
+	lock   *os.File
+	disk   disk
+	logger *slog.Logger
 }
 
-// memory is all that is kept, by what it is looked up by.
+// memory holds all data, indexed the way it is looked up.
 type memory struct {
-	users    map[serial]user     // by id
-	emails   map[string]serial   // user id by e-mail in lower case
-	sessions map[string]session  // by key
-	logIns   map[serial][]string // session keys by user id, oldest first
-	ideas    map[serial]*idea    // by id
-	pools    map[serial]pool     // by user id
-	lastID   serial
+	accounts  map[string]*account    // by user id
+	emails    map[string]*account    // by e-mail in lower case
+	sessions  map[string]*session    // by key
+	ideas     map[string]*storedIdea // by id
+	loggedOut map[tokenID]struct{}   // access tokens
+	lastID    uint64                 // the highest id so far, see newID
+	loading   bool                   // see sortLists
 }
 
-// A change is one thing that happened, as the journal has it: with its
-// results, such as ids, times and hashes, and not with what they were made of.
-// One member is set, and for a sign-up two.
+// An account is a user and what belongs to them.
+type account struct {
+	user     user
+	sessions []*session // oldest first
+	ideas    ideaList
+}
+
+// A change is one thing that happened, as FILE has it: with its results, such as
+// ids, times and hashes. One member is set, and for a sign-up two.
 type change struct {
-	User    *user    `json:"user,omitempty"`    // signed up, and logged in
-	Session *session `json:"session,omitempty"` // logged in
-	LogOut  *session `json:"logout,omitempty"`  // logged out
-	Create  *idea    `json:"create,omitempty"`
-	Update  *idea    `json:"update,omitempty"`
-	Delete  *idea    `json:"delete,omitempty"`
-	Probe   string   `json:"probe,omitempty"` // nothing happened, see check
+	User    *user       `json:"user,omitempty"`    // signed up
+	Session *session    `json:"session,omitempty"` // logged in
+	Logout  *logout     `json:"logout,omitempty"`
+	Create  *storedIdea `json:"create,omitempty"`
+	Update  *storedIdea `json:"update,omitempty"`
+	Delete  *ideaKey    `json:"delete,omitempty"`
+	Probe   string      `json:"probe,omitempty"` // nothing happened, see check
+
+	line int // of FILE, at a start
 }
 
 var (
-	errNotStored     = errors.New("nothing can be stored just now; try again in a moment")
-	errContradiction = errors.New("cannot be right")
+	errNotSaved     = errors.New("cannot save changes right now; please try again")
+	errInconsistent = errors.New("is invalid or contradicts earlier changes")
+	errLocked       = errors.New("is in use by another process; stop that process first")
 )
 
-// What the handlers ask for:
-
-func (s *store) user(id serial) (user, bool) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	u, ok := s.users[id]
-	return u, ok
+func newMemory() memory {
+	return memory{
+		accounts:  make(map[string]*account),
+		emails:    make(map[string]*account),
+		sessions:  make(map[string]*session),
+		ideas:     make(map[string]*storedIdea),
+		loggedOut: make(map[tokenID]struct{}),
+	}
 }
 
-func (s *store) userByEmail(email string) (user, bool) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	u, ok := s.users[s.emails[strings.ToLower(email)]]
-	return u, ok
-}
-
-// session returns the session with a key, and its user.
-func (s *store) session(key string) (session, user, bool) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	session, ok := s.sessions[key]
-	return session, s.users[session.UserID], ok
-}
-
-func (s *store) idea(owner, id serial) (*idea, error) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.findIdea(owner, id)
-}
-
-// pageOfIdeas returns a page of the list, in JSON, and the number of all ideas.
-func (s *store) pageOfIdeas(owner serial, page int) (list []byte, total int) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.pools[owner].page(page)
-}
-
-// check returns errNotStored if the last change could not be stored, and still
-// nothing can. It tries, for there may be no other change that would show it, and
-// with more than any other takes.
+// check returns errNotSaved if the last change could not be saved and a change
+// still cannot. It writes a probe that is
+// larger than any real change.
 func (s *store) check() error {
 	if s.failing.Load() {
 		return s.commit(change{Probe: strings.Repeat("-", 4<<10)})
@@ -146,104 +118,80 @@ func (s *store) check() error {
 	return nil
 }
 
-// newID returns an id that is higher than all before it.
-func (s *store) newID() serial {
+// newID returns an id that is higher than all before it: tenths of milliseconds
+// since 1970, in base 36, which takes nine characters from 1978 to 2291.
+func (s *store) newID() string {
+	const first = 36 * 36 * 36 * 36 * 36 * 36 * 36 * 36
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lastID = max(s.lastID+1, serial(time.Now().UnixMicro()/100), minSerial)
-	return s.lastID
+	s.lastID = max(s.lastID+1, uint64(time.Now().UnixMicro()/100), first)
+	return strconv.FormatUint(s.lastID, 36)
 }
 
-// A serial is the id of a user or an idea: tenths of milliseconds since 1970,
-// written as nine characters in base 36.
-type serial uint64
+// idShape leaves room for new ids: the first character is not z.
+var idShape = regexp.MustCompile(`^[1-9a-y][0-9a-z]{8}$`)
 
-// minSerial is the first of nine characters, of 1978; the last is of 2291.
-const minSerial = 36 * 36 * 36 * 36 * 36 * 36 * 36 * 36
-
-func (id serial) String() string { return strconv.FormatUint(uint64(id), 36) }
-
-// parseSerial returns 0, the id of nothing, for what is not nine characters as
-// String writes them.
-func parseSerial(text string) serial {
-	n, _ := strconv.ParseUint(text, 36, 64)
-	if id := serial(n); len(text) == 9 && id.String() == text {
-		return id
-	}
-	return 0
+// usedID makes sure that newID returns higher ids from now on.
+func (m *memory) usedID(id string) {
+	n, _ := strconv.ParseUint(id, 36, 64)
+	m.lastID = max(m.lastID, n)
 }
 
-func (id serial) MarshalText() ([]byte, error) { return strconv.AppendUint(nil, uint64(id), 36), nil }
-
-func (id *serial) UnmarshalText(text []byte) error {
-	if *id = parseSerial(string(text)); *id == 0 {
-		return fmt.Errorf("the id %q %w", text, errContradiction)
-	}
-	return nil
-}
-
-// How a change is made:
-
-// A pending change is on its way to the disk.
-type pending struct {
+// A pendingChange waits to be written.
+type pendingChange struct {
 	change
-	text []byte     // its record
-	done chan error // gets what came of it
+	json []byte
+	done chan error // receives the result
 }
 
-// commit stores a change, applies it, and returns what came of it: errNotStored
-// if the disk fails, errEmailTaken to all but one of those who sign up with the
-// same e-mail, errNoIdea if the idea is gone by now. Changes that come at the
-// same time share an fsync: the first of a queue waits for the disk, and stores
-// all who have joined by then.
+// commit saves a change, applies it, and returns the result: errNotSaved if the
+// disk fails, errEmailTaken to all but one of those who sign up with the same
+// e-mail at the same time, errNoIdea if the idea is gone by now. The first change
+// in the queue triggers writing of the whole queue, so changes share an fsync.
 func (s *store) commit(c change) error {
-	text, err := c.record()
+	text, err := c.appendJSON(nil)
 	if err != nil {
 		return err
 	}
-	mine := &pending{change: c, text: text, done: make(chan error, 1)}
+	p := &pendingChange{change: c, json: text, done: make(chan error, 1)}
 	s.queueMu.Lock()
-	s.queue = append(s.queue, mine)
+	s.queue = append(s.queue, p)
 	first := len(s.queue) == 1
 	s.queueMu.Unlock()
 	if first {
-		s.commitQueue()
+		// In a goroutine of its own a panic ends the process. In that of a handler,
+		// net/http would recover it and go on with a memory that is half changed.
+		go s.commitQueue()
 	}
-	return <-mine.done
+	return <-p.done
 }
 
-// record is a change in the journal. Of an idea there is the JSON already.
-func (c change) record() ([]byte, error) {
+// appendJSON appends the change as FILE has it. The JSON of an idea exists
+// already.
+func (c change) appendJSON(b []byte) ([]byte, error) {
 	switch {
 	case c.Create != nil:
-		return slices.Concat([]byte(`{"create":`), c.Create.record(), []byte("}")), nil
+		return fmt.Appendf(b, `{"create":{"owner":%q,"idea":%s}}`, c.Create.Owner, c.Create.json), nil
 	case c.Update != nil:
-		return slices.Concat([]byte(`{"update":`), c.Update.record(), []byte("}")), nil
+		return fmt.Appendf(b, `{"update":{"owner":%q,"idea":%s}}`, c.Update.Owner, c.Update.json), nil
 	}
-	return json.Marshal(c)
+	text, err := json.Marshal(c)
+	return append(b, text...), err
 }
 
-// commitQueue makes the changes in the queue durable and then visible.
 func (s *store) commitQueue() {
-	s.diskMu.Lock()
-	defer s.diskMu.Unlock()
+	s.fileMu.Lock()
 	queue := s.takeQueue()
-	err := s.appendToJournal(queue)
-
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, p := range queue {
-		if err != nil {
-			p.done <- err
-		} else {
-			p.done <- s.apply(p.change)
-		}
-	}
+	err := s.write(queue)
+	failedBefore := s.failing.Swap(err != nil) // before anyone hears of the result
+	s.finish(queue, err)
+	s.fileMu.Unlock()
+	s.logHealth(failedBefore, err)
 }
 
-// takeQueue lets others join for as long as some do, as an fsync costs the same
-// for all of them as for one.
-func (s *store) takeQueue() []*pending {
+// takeQueue waits while other changes are still arriving, as an fsync costs the
+// same for one change as for all.
+func (s *store) takeQueue() []*pendingChange {
 	for joined := 0; ; runtime.Gosched() {
 		s.queueMu.Lock()
 		queue := s.queue
@@ -257,285 +205,207 @@ func (s *store) takeQueue() []*pending {
 	}
 }
 
-// apply makes a change in memory, at work as in recovery. It decides who loses a
-// race: the loser's change is in the journal, and has no effect.
+// write returns nil once the changes are on disk. The caller holds fileMu.
+func (s *store) write(queue []*pendingChange) error {
+	if s.journal == nil {
+		return nil
+	}
+	changes := make([][]byte, len(queue))
+	for n, p := range queue {
+		changes[n] = p.json
+	}
+	err := errNotSaved
+	if !s.journal.broken && !s.closed {
+		err = s.journal.append(changes)
+	}
+	if err == nil && s.collecting {
+		s.collected = append(s.collected, changes...)
+	}
+	if s.journal.broken || s.journal.count > 1000+2*s.size() {
+		s.compactInBackground()
+	}
+	return err
+}
+
+// finish applies the changes, unless they could not be written, and reports the
+// result to those who wait. The caller holds fileMu.
+func (s *store) finish(queue []*pendingChange, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range queue {
+		if err != nil {
+			p.done <- errNotSaved
+		} else {
+			p.done <- s.apply(p.change)
+		}
+	}
+}
+
+// apply makes a change in memory, in operation and at a start. It decides races: a
+// change that loses is in FILE, too, but has no effect, now or at a start.
 func (m *memory) apply(c change) error {
 	switch {
-	case c.User != nil && c.Session == nil:
-		return errContradiction
 	case c.User != nil:
-		if err := m.addUser(*c.User); err != nil {
-			return err
-		}
-		return m.addSession(*c.Session)
+		return m.addUser(*c.User, c.Session)
 	case c.Session != nil:
-		return m.addSession(*c.Session)
-	case c.LogOut != nil:
-		m.removeSession(c.LogOut.UserID, c.LogOut.Key)
+		return m.addSession(c.Session)
+	case c.Logout != nil:
+		return m.logOut(*c.Logout)
 	case c.Create != nil:
 		return m.addIdea(c.Create)
 	case c.Update != nil:
 		return m.replaceIdea(c.Update)
 	case c.Delete != nil:
-		return m.removeIdea(c.Delete.Owner, c.Delete.ID)
-	}
-	return nil
-}
-
-// appendToJournal returns once the changes are on disk, or errNotStored if they
-// cannot get there.
-func (s *store) appendToJournal(queue []*pending) error {
-	if s.path == "" {
+		return m.removeIdea(*c.Delete)
+	case c.Probe != "":
 		return nil
 	}
-	if s.abandoned >= s.base { // FILE still needs a journal that cannot go on
-		s.renewInBackground()
-		return errNotStored
-	}
-	line, sum := encodeLine(s.sum, queue)
-	err := s.writeLine(line)
-	s.logHealth(err)
-	if err != nil {
-		return errNotStored
-	}
-	s.size, s.sum = s.size+int64(len(line)), sum
-	if s.size > s.limit {
-		s.renewInBackground()
-	}
-	return nil
+	return errInconsistent
 }
 
-// logHealth logs the first of many failures, and their end.
-func (s *store) logHealth(err error) {
-	switch failed := s.failing.Swap(err != nil); {
-	case err != nil && !failed:
-		s.log.Error("nothing can be stored", "error", err)
-	case err == nil && failed:
-		s.log.Warn("changes can be stored again")
+// size returns the number of changes in a snapshot, not counting logouts, which
+// are temporary.
+func (m *memory) size() int { return len(m.accounts) + len(m.sessions) + len(m.ideas) }
+
+// logHealth logs the first of many failures, and their end. The caller holds no
+// lock, as the log may block.
+func (s *store) logHealth(failedBefore bool, err error) {
+	switch {
+	case err != nil && !failedBefore:
+		s.logger.Error("cannot save changes; check the disk that holds the data file", "error", err)
+	case err == nil && failedBefore:
+		s.logger.Warn("changes can be saved again")
 	}
 }
 
-// writeLine puts a line behind what is acknowledged, or cuts the journal back
-// to that. After a failed fsync the kernel may believe that the lost pages are
-// written (PostgreSQL's "fsyncgate"): then, or if it cannot be cut, this
-// journal is not written again.
-func (s *store) writeLine(line []byte) error {
-	name := s.journal.Name()
-	err := s.disk.do("write", name, func() error {
-		_, err := s.journal.WriteAt(line, s.size)
-		return err
-	})
-	if err == nil {
-		if err = s.disk.do("sync", name, s.journal.Sync); err == nil {
-			return nil
-		}
-		s.abandoned = s.number
-	}
-	cut := func() error { return errors.Join(s.journal.Truncate(s.size), s.journal.Sync()) }
-	if s.disk.do("truncate", name, cut) != nil {
-		s.abandoned = s.number
-	}
-	return err
-}
-
-// encodeLine makes a line of the journal: the checksum of all lines so far, so
-// that none can be missing or in another place, a blank, and the changes.
-func encodeLine(sum uint32, queue []*pending) ([]byte, uint32) {
-	list := []byte("[")
-	for _, p := range queue {
-		list = append(append(list, p.text...), ',')
-	}
-	list[len(list)-1] = ']' // in the place of the last comma
-	sum = crc32.Update(sum, castagnoli(), list)
-	return fmt.Appendf(nil, "%08x %s\n", sum, list), sum
-}
-
-func castagnoli() *crc32.Table { return crc32.MakeTable(crc32.Castagnoli) }
-
-// firstSum is the checksum before the first line of a journal.
-func (s *store) firstSum(number uint64) uint32 {
-	return crc32.Checksum(fmt.Append(nil, s.id, number), castagnoli())
-}
-
-func (s *store) journalPath(number uint64) string {
-	return fmt.Sprintf("%s.journal.%08d", s.path, number)
-}
-
-// How the store moves to new files:
-
-// limitAfter is the size of a journal, in bytes, that is worth a new snapshot.
-// With twice the old one, what is written for an idea is less than 400 bytes in
-// all; with once, it came to 450.
-func limitAfter(snapshot int64) int64 { return max(minLimit, 2*snapshot) }
-
-const minLimit = 1 << 20
-
-// renewInBackground renews while reads and, if they can, changes go on, at most
-// once a second. The caller holds diskMu.
-func (s *store) renewInBackground() {
-	if time.Now().Before(s.nextRenew) || !s.renewing.TryLock() {
+// compactInBackground starts a compaction, at most once a second. The caller
+// holds fileMu.
+func (s *store) compactInBackground() {
+	if time.Now().Before(s.nextCompaction) || !s.compacting.TryLock() {
 		return
 	}
-	s.nextRenew = time.Now().Add(time.Second)
+	s.nextCompaction = time.Now().Add(time.Second)
 	go func() {
-		defer s.renewing.Unlock()
-		if err := s.renew(); err != nil {
-			s.log.Error("cannot renew the files", "error", err)
-			s.diskMu.Lock()
-			s.limit = s.size + minLimit // each try makes a journal
-			s.diskMu.Unlock()
+		err := s.compact()
+		s.compacting.Unlock()
+		if err == nil {
+			return
+		}
+		s.logger.Error("cannot compact the data file; will try again", "error", err)
+		s.fileMu.Lock()
+		defer s.fileMu.Unlock()
+		if !s.journal.broken {
+			s.nextCompaction = time.Now().Add(time.Minute)
 		}
 	}()
 }
 
-// renew moves the store to the next journal and a new snapshot. A crash
-// between any two steps leaves a snapshot and all journals from the one that
-// it names. The caller holds renewing.
-func (s *store) renew() error {
-	s.diskMu.Lock()
-	image, err := s.nextJournal()
-	s.diskMu.Unlock()
+// compact moves to a new file that begins with a snapshot of memory. Changes go on
+// meanwhile: they are collected and follow the snapshot. A crash at any step leaves
+// the old FILE or the new one, and both are complete. The caller holds compacting.
+func (s *store) compact() error {
+	s.fileMu.Lock()
+	old := s.journal
+	all, lastID := s.snapshot()
+	count := s.size()
+	s.collecting = true
+	s.fileMu.Unlock()
+
+	next, err := createJournal(s.path+".tmp", s.disk, all, lastID)
+	if err == nil {
+		s.fileMu.Lock()
+		changes := s.collected
+		s.collected = nil
+		s.fileMu.Unlock()
+		next.count = count
+		err = next.append(changes) // so that few remain to be written under the lock
+	}
+
+	s.fileMu.Lock()
+	if err == nil {
+		err = s.moveTo(next)
+	}
+	s.collecting, s.collected = false, nil
+	s.fileMu.Unlock()
+
 	if err != nil {
+		next.close()
+		os.Remove(s.path + ".tmp")
 		return err
 	}
-	if err := s.disk.replace(s.path, image.encode); err != nil {
+	old.close() // outside the lock: to free the blocks of a large file takes time
+	return nil
+}
+
+// moveTo puts a new file in the place of FILE. The caller holds fileMu.
+func (s *store) moveTo(next *journal) error {
+	if err := next.append(s.collected); err != nil {
 		return err
 	}
-	info, err := os.Stat(s.path)
+	next.file.Close()
+	if runtime.GOOS == "windows" { // which renames no open file, nor onto one
+		s.journal.close()
+	}
+	wasBroken := s.journal.broken
+	s.journal.broken = true // it must get no more changes
+	err := s.disk.do("rename", s.path, func() error { return os.Rename(s.path+".tmp", s.path) })
 	if err != nil {
+		// A rename can return an error and have happened all the same.
+		s.journal.broken = wasBroken || !s.journal.isAt(s.path)
 		return err
 	}
-	s.diskMu.Lock()
-	s.base, s.limit = image.Journal, limitAfter(info.Size())
-	s.diskMu.Unlock()
-	return s.removeJournals(image.Journal)
-}
-
-// nextJournal begins a journal, unless there is an empty one to go on with,
-// and returns an image of memory at that point. The caller holds diskMu, so
-// that nothing is applied meanwhile.
-func (s *store) nextJournal() (*snapshot, error) {
-	if s.journal == nil || s.size > 0 || s.abandoned == s.number {
-		path := s.journalPath(s.number + 1)
-		f, err := s.disk.create(path)
-		if err == nil {
-			err = s.disk.syncFolder(path)
-		}
-		if err != nil {
-			f.Close() // or nothing, where it is nil
-			return nil, err
-		}
-		s.journal.Close() // likewise
-		s.journal, s.number, s.size = f, s.number+1, 0
-		s.sum = s.firstSum(s.number)
+	if err := s.disk.syncDirectory(filepath.Dir(s.path)); err != nil {
+		return err
 	}
-	return s.image(), nil
-}
-
-// image returns what a snapshot is to hold. It takes references only: what they
-// refer to is replaced, not changed.
-func (s *store) image() *snapshot {
-	image := &snapshot{Format: 1, Store: s.id, Journal: s.number, Users: slices.Collect(maps.Values(s.users))}
-	s.mu.RLock() // newID changes it without diskMu
-	image.LastID = uint64(s.lastID)
-	s.mu.RUnlock()
-	for _, keys := range s.logIns {
-		for _, key := range keys {
-			image.Sessions = append(image.Sessions, s.sessions[key])
-		}
+	if next.file, err = os.OpenFile(s.path, os.O_RDWR, 0); err != nil {
+		return err
 	}
-	image.Ideas = make([]*idea, 0, len(s.ideas))
-	for _, pool := range s.pools {
-		for _, equals := range pool {
-			image.Ideas = append(image.Ideas, equals...)
-		}
+	next.path = s.path
+	s.journal = next
+	return nil
+}
+
+// A snapshot calls use with the shortest list of changes that makes a memory,
+// always in the same order, so that two files can be compared line by line.
+type snapshot func(use func(change))
+
+// snapshot copies pointers, so that the holder of fileMu does not wait for long. It
+// forgets access tokens that expired more than a day ago; until then the clock may
+// be set back.
+func (s *store) snapshot() (all snapshot, lastID string) {
+	s.mu.Lock()
+	lastID = strconv.FormatUint(s.lastID, 36)
+	aDayAgo := time.Now().Add(-24 * time.Hour).Unix()
+	maps.DeleteFunc(s.loggedOut, func(t tokenID, _ struct{}) bool { return t.Expires < aDayAgo })
+	s.mu.Unlock()
+
+	accounts := make([]account, 0, len(s.accounts))
+	for _, a := range s.accounts {
+		accounts = append(accounts, account{a.user, slices.Clone(a.sessions), slices.Clone(a.ideas)})
 	}
-	return image
-}
-
-// removeJournals removes those before a number.
-func (s *store) removeJournals(before uint64) error {
-	numbers, err := s.journals()
-	for _, n := range numbers {
-		if n < before && err == nil {
-			path := s.journalPath(n)
-			err = s.disk.do("remove", path, func() error { return os.Remove(path) })
+	tokens := slices.Collect(maps.Keys(s.loggedOut))
+	return func(use func(change)) {
+		slices.SortFunc(accounts, func(a, b account) int { return cmp.Compare(a.user.ID, b.user.ID) })
+		slices.SortFunc(tokens, compareTokens)
+		for _, a := range accounts {
+			use(change{User: &a.user})
+			for _, session := range a.sessions {
+				use(change{Session: session})
+			}
+			for _, i := range a.ideas {
+				use(change{Create: i})
+			}
 		}
-	}
-	return err
-}
-
-// journals returns the numbers of those that there are.
-func (s *store) journals() (numbers []uint64, err error) {
-	entries, err := os.ReadDir(filepath.Dir(s.path))
-	for _, e := range entries {
-		n, _ := strconv.ParseUint(strings.TrimPrefix(filepath.Ext(e.Name()), "."), 10, 64)
-		if e.Name() == filepath.Base(s.journalPath(n)) {
-			numbers = append(numbers, n)
+		for _, token := range tokens {
+			use(change{Logout: &logout{tokenID: token}})
 		}
-	}
-	return numbers, err
+	}, lastID
 }
 
-// A snapshot is what FILE holds.
-type snapshot struct {
-	Format   int       `json:"format"`
-	Store    string    `json:"store"`
-	Journal  uint64    `json:"journal"` // the one that continues it
-	LastID   uint64    `json:"last_id"` // a serial, which may be of something deleted
-	Users    []user    `json:"users"`
-	Sessions []session `json:"sessions"`
-	Ideas    []*idea   `json:"ideas"`
-	CRC32C   string    `json:"crc32c"` // of all before it; whoever edits FILE removes it
-}
-
-const sumMember = ",\n\"crc32c\":"
-
-// encode writes the snapshot piece by piece: as a whole it would take as much
-// memory again as all there is.
-func (image *snapshot) encode(w io.Writer) error {
-	sum := crc32.New(castagnoli())
-	summed := io.MultiWriter(w, sum)
-	id, err := json.Marshal(image.Store)
-	fmt.Fprintf(summed, `{"format":%d,"store":%s,"journal":%d,"last_id":%d`, image.Format, id, image.Journal, image.LastID)
-	err = errors.Join(err,
-		encodeList(summed, "users", image.Users, json.Marshal),
-		encodeList(summed, "sessions", image.Sessions, json.Marshal),
-		encodeList(summed, "ideas", image.Ideas, func(i any) ([]byte, error) { return i.(*idea).record(), nil }))
-	fmt.Fprintf(w, "%s\"%08x\"}\n", sumMember, sum.Sum32())
-	return err
-}
-
-// encodeList writes a member of an object, a line for each of its elements.
-func encodeList[T any](w io.Writer, name string, list []T, encode func(any) ([]byte, error)) error {
-	fmt.Fprintf(w, ",\n%q:[", name)
-	separator := "\n"
-	for _, element := range list {
-		text, err := encode(element)
-		if err != nil {
-			return err
-		}
-		io.WriteString(w, separator)
-		w.Write(text)
-		separator = ",\n"
-	}
-	_, err := io.WriteString(w, "]") // w is buffered, and returns its first error again
-	return err
-}
-
-// How the store comes back:
-
-// openStore reads FILE and its journals, and changes neither. With no path, or
-// no FILE, the store is empty.
-func openStore(path string, log *slog.Logger) (*store, error) {
-	s := &store{log: log, id: rand.Text(), memory: memory{
-		users:    make(map[serial]user),
-		emails:   make(map[string]serial),
-		sessions: make(map[string]session),
-		logIns:   make(map[serial][]string),
-		ideas:    make(map[serial]*idea),
-		pools:    make(map[serial]pool),
-	}}
+// openStore reads FILE and changes nothing. With no path, or without FILE, the
+// store is empty.
+func openStore(path string, disk disk, logger *slog.Logger) (*store, error) {
+	s := &store{memory: newMemory(), disk: disk, logger: logger}
 	if path == "" {
 		return s, nil
 	}
@@ -543,220 +413,463 @@ func openStore(path string, log *slog.Logger) (*store, error) {
 	if s.path, err = realPath(path); err != nil {
 		return nil, err
 	}
-	if s.lock, err = os.OpenFile(s.path+".lock", os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+	if s.lock, err = lock(s.path + ".lock"); err != nil {
 		return nil, err
 	}
-	if err := lock(s.lock); err != nil {
-		s.lock.Close()
-		return nil, fmt.Errorf("%s is held by another process: %w", s.lock.Name(), err)
-	}
-	if err := s.recover(); err != nil {
+	if err := s.load(); err != nil {
 		s.lock.Close()
 		return nil, err
 	}
 	return s, nil
 }
 
-// realPath resolves symbolic links: an alias must not get a lock of its own.
-func realPath(path string) (string, error) {
-	folder, err := filepath.EvalSymlinks(filepath.Dir(path))
-	if err != nil {
-		return "", err
+// lockError tells another process from a file system that cannot lock files.
+func lockError(err error) error {
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		return errLocked
 	}
-	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-		return filepath.Join(folder, filepath.Base(path)), nil
-	}
-	return filepath.EvalSymlinks(path)
+	return fmt.Errorf("the file system cannot lock files (%w); put this file on another one", err)
 }
 
-// recover reads the snapshot, and every journal from the one that it names.
-func (s *store) recover() error {
-	if err := s.readSnapshot(); err != nil {
-		return fmt.Errorf("%s: %w", s.path, err)
-	}
-	numbers, err := s.journals()
-	if err != nil {
-		return err
-	}
-	s.number = slices.Max(append(numbers, s.base))
-	first := cmp.Or(s.base, slices.Min(append(numbers, s.number)))
-	for number := first; number <= s.number; number++ {
-		if err := s.replay(number); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// readSnapshot reads FILE, if there is one. It refuses what contradicts itself,
-// and what a newer program may have written.
-func (s *store) readSnapshot() error {
-	data, err := os.ReadFile(s.path)
+// load reads FILE into memory.
+func (s *store) load() error {
+	s.journal = &journal{path: s.path, disk: s.disk}
+	file, err := os.OpenFile(s.path, os.O_RDWR, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	} else if err != nil {
 		return err
 	}
-	var image snapshot
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields() // of a newer ideapool, or mistyped by hand
-	err = dec.Decode(&image)
-	if _, end := dec.Token(); err == nil && end != io.EOF {
-		err = errors.New("something follows the object")
+	s.journal.file, s.loading = file, true
+	if info, err := file.Stat(); err == nil {
+		s.ideas = make(map[string]*storedIdea, info.Size()/200) // growing it takes 4 % of a start
 	}
-	switch {
-	case image.Format > 1:
-		return fmt.Errorf("has format %d, of a newer ideapool", image.Format)
-	case err != nil:
-		return fmt.Errorf("is damaged: %w", err)
-	case image.Format != 1:
-		return errors.New("is not a file of ideapool")
-	case image.CRC32C != "" && image.CRC32C != sumOf(data):
-		return errors.New("is damaged: the checksum does not match")
+	// Nearly everything allocated now stays, so collecting less often makes loading
+	// an eighth faster.
+	defer debug.SetGCPercent(debug.SetGCPercent(400))
+	err = s.replay()
+	if errors.Is(err, errNoChecksum) {
+		err = s.loadEdited()
 	}
-	s.base, s.id = image.Journal, cmp.Or(image.Store, s.id)
-	s.limit = limitAfter(int64(len(data)))
-	return s.load(&image)
-}
-
-func sumOf(data []byte) string {
-	summed := data[:max(0, bytes.LastIndex(data, []byte(sumMember)))]
-	return fmt.Sprintf("%08x", crc32.Checksum(summed, castagnoli()))
-}
-
-// load takes over a snapshot. Anything impossible in it is damage.
-func (m *memory) load(image *snapshot) error {
-	for _, u := range image.Users {
-		if err := m.addUser(u); err != nil {
-			return fmt.Errorf("user %q: %w", u.ID, err)
-		}
-	}
-	for _, session := range image.Sessions {
-		if err := m.addSession(session); err != nil {
-			return fmt.Errorf("session %q: %w", session.Key, err)
-		}
-	}
-	m.lastID = max(m.lastID, serial(image.LastID))
-	m.ideas = make(map[serial]*idea, len(image.Ideas))
-	if slices.Contains(image.Ideas, nil) {
-		return fmt.Errorf("an idea %w", errContradiction)
-	}
-	sealAll(image.Ideas)
-	for _, i := range image.Ideas {
-		if err := m.addIdea(i); err != nil {
-			return fmt.Errorf("idea %q: %w", i.ID, err)
-		}
-	}
-	if m.lastID >= 35*minSerial { // there must be room for more of nine characters
-		return fmt.Errorf("an id after %q: %w", serial(35*minSerial), errContradiction)
-	}
-	return nil
-}
-
-// sealAll does on all cores what addIdea does for those that are not sealed.
-func sealAll(ideas []*idea) {
-	var batches sync.WaitGroup
-	for batch := range slices.Chunk(ideas, 1000) {
-		batches.Go(func() {
-			for _, i := range batch {
-				i.seal() // addIdea meets any error again
-			}
-		})
-	}
-	batches.Wait()
-}
-
-// replay applies a journal. Its last line may be torn; one that no later change
-// follows is taken for one that was never acknowledged.
-func (s *store) replay(number uint64) error {
-	path := s.journalPath(number)
-	data, err := os.ReadFile(path)
-	switch {
-	case s.base == 0 && errors.Is(err, fs.ErrNotExist):
-		return nil // there is no FILE, which would name it
-	case err != nil || len(data) == 0:
+	if err != nil {
+		file.Close()
 		return err
-	case s.base == 0:
-		return fmt.Errorf("%s holds changes, but %s does not name it", path, s.path)
-	case s.torn:
-		return fmt.Errorf("%s goes on where the journal before it is torn", path)
 	}
-	s.size += int64(len(data))
-	sum := s.firstSum(number)
-	for line := 1; len(data) > 0; line++ {
-		text, rest, whole := bytes.Cut(data, []byte("\n"))
-		if s.torn = len(rest) == 0 && (!whole || hasLostBlock(text)); s.torn {
-			s.log.Warn("dropped a last line that was never acknowledged", "file", path, "line", line, "bytes", len(data))
-			return nil
-		}
-		if sum, err = s.replayLine(text, sum); err != nil {
-			return fmt.Errorf("%s:%d: %w", path, line, err)
-		}
-		data = rest
-	}
+	s.sortLists()
+	s.torn, s.journal.count = s.journal.torn, s.size()
 	return nil
 }
 
-// hasLostBlock guesses whether a part of the line never reached the disk: there
-// are zeros in its place, which JSON does not have. A single one within is a
-// flipped bit.
-func hasLostBlock(line []byte) bool {
-	return bytes.HasPrefix(line, []byte{0}) || bytes.Contains(line, []byte{0, 0})
-}
+// replay applies all changes in FILE. They are decoded in batches, on all cores.
+func (s *store) replay() error {
+	batches := make(chan *batch, runtime.GOMAXPROCS(0))
+	applied := make(chan error, 1)
+	go func() { applied <- s.applyBatches(batches) }()
 
-func (s *store) replayLine(line []byte, sum uint32) (uint32, error) {
-	head, list, _ := bytes.Cut(line, []byte(" "))
-	sum = crc32.Update(sum, castagnoli(), list)
-	if string(head) != fmt.Sprintf("%08x", sum) {
-		return 0, errors.New("is damaged: the checksum does not match")
+	b := newBatch()
+	send := func() {
+		go b.decode()
+		batches <- b
+		b = newBatch()
 	}
-	var changes []change
-	dec := json.NewDecoder(bytes.NewReader(list))
-	dec.DisallowUnknownFields() // of a newer ideapool
-	if err := dec.Decode(&changes); err != nil {
-		return 0, err
-	}
-	for _, c := range changes {
-		err := s.apply(c)
-		if err != nil && !errors.Is(err, errEmailTaken) && !errors.Is(err, errNoIdea) {
-			return 0, err
+	lastID, err := s.journal.read(func(changes []byte, line int) {
+		if len(changes) == 0 || len(b.text) > batchSize {
+			send()
 		}
-	}
-	return sum, nil
+		if len(changes) > 0 {
+			b.add(changes, line)
+		}
+	})
+	send()
+	close(batches)
+	applyErr := <-applied
+	s.usedID(lastID)
+	return cmp.Or(err, applyErr) // an error in reading explains the other
 }
 
-// start makes the store ready for changes. After a clean close there is only
-// an empty journal to open.
-func (s *store) start() (err error) {
-	if s.path == "" {
-		return nil
+const batchSize = 64 << 10 // bytes
+
+// A batch is a part of FILE that is decoded at once.
+type batch struct {
+	text    []byte // changes in JSON, one or more a line
+	line    int    // of the first change
+	changes []change
+	err     error
+	decoded chan struct{} // closed when changes and err are set
+}
+
+func newBatch() *batch {
+	return &batch{text: append(make([]byte, 0, 2*batchSize), '['), decoded: make(chan struct{})}
+}
+
+// add adds the changes of the next line.
+func (b *batch) add(changes []byte, line int) {
+	if b.line == 0 {
+		b.line = line
+	} else {
+		b.text = append(b.text, "\n,"...)
 	}
-	defer func() { go debug.FreeOSMemory() }() // recovery leaves much garbage
-	s.renewing.Lock()
-	defer s.renewing.Unlock()
-	if s.base == 0 || s.number > s.base || s.size > 0 {
-		return s.renew()
+	b.text = append(b.text, changes...)
+}
+
+func (b *batch) decode() {
+	defer close(b.decoded)
+	b.text = append(b.text, ']')
+	dec := json.NewDecoder(bytes.NewReader(b.text))
+	dec.DisallowUnknownFields()
+	dec.Token() // [
+	for line, from := b.line, int64(0); dec.More(); {
+		line += bytes.Count(b.text[from:dec.InputOffset()], []byte("\n"))
+		from = dec.InputOffset()
+		c := change{line: line}
+		if err := dec.Decode(&c); err != nil {
+			b.err = fmt.Errorf("line %d: %w", line, decodeError(err))
+			return
+		}
+		c.keepJSON(b.text[from:dec.InputOffset()])
+		b.changes = append(b.changes, c)
 	}
-	s.sum = s.firstSum(s.base)
-	s.journal, err = os.OpenFile(s.journalPath(s.base), os.O_RDWR, 0)
+}
+
+func decodeError(err error) error {
+	if _, field, ok := strings.Cut(err.Error(), "unknown field "); ok { // there is no type for it
+		return fmt.Errorf("has the unknown field %s; use the newer version of ideapool that wrote it, or correct it", field)
+	}
+	return fmt.Errorf("is damaged: %w; restore a backup, or correct it if you edited it", err)
+}
+
+func (s *store) applyBatches(batches <-chan *batch) (err error) {
+	for b := range batches {
+		<-b.decoded
+		for _, c := range b.changes {
+			applyErr := s.apply(c)
+			if applyErr != nil && !isLostRace(applyErr) {
+				err = cmp.Or(err, fmt.Errorf("line %d: %w; restore a backup", c.line, applyErr))
+			}
+		}
+		err = cmp.Or(err, b.err)
+	}
 	return err
 }
 
-// close leaves everything in FILE, with an empty journal. The store cannot be
-// used any more.
-func (s *store) close() (err error) {
+// isLostRace reports whether apply returns an error for one of two changes that
+// arrive at the same time. Any other error can only come from a damaged file.
+func isLostRace(err error) bool { return errors.Is(err, errEmailTaken) || errors.Is(err, errNoIdea) }
+
+// loadEdited reads a FILE that somebody edited by hand: one document in any
+// layout, without a checksum. It validates ids, e-mails and ideas, and makes the
+// JSON of ideas again.
+func (s *store) loadEdited() error {
+	data, err := os.ReadFile(s.path)
+	if err != nil {
+		return err
+	}
+	var doc struct {
+		Format  int      `json:"format"`
+		LastID  string   `json:"last_id"`
+		Changes []change `json:"changes"`
+		CRC32C  string   `json:"crc32c"`
+	}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	err = dec.Decode(&doc)
+	_, end := dec.Token()
+	switch { // the format first: another version may have other fields
+	case len(bytes.TrimSpace(data)) == 0:
+		return errors.New("is empty; restore a backup, or remove it to start over")
+	case doc.Format == 1:
+		return errors.New("has format 1: an older version of ideapool wrote it, which this one cannot read; choose another path")
+	case doc.Format > 2:
+		return fmt.Errorf("has format %d: a newer version of ideapool wrote it; use that one", doc.Format)
+	case err != nil:
+		return decodeError(err)
+	case doc.Format != 2:
+		return errors.New("is not a data file of ideapool; choose another path")
+	case doc.CRC32C != "":
+		return errDamaged
+	case end != io.EOF:
+		return errors.New("has something after its first document; restore a backup (and stop the server before you edit the file)")
+	case doc.LastID != "" && doc.LastID != "0" && !idShape.MatchString(doc.LastID):
+		return fmt.Errorf("has the last_id %q; correct it, or remove it", doc.LastID)
+	}
+	s.memory = newMemory()
+	s.loading = true
+	s.usedID(doc.LastID)
+	for n, c := range doc.Changes {
+		if err := s.apply(c); err != nil {
+			return fmt.Errorf("changes[%d]: %w; correct it, or restore a backup", n, err)
+		}
+	}
+	return nil
+}
+
+// start makes the store ready for changes.
+func (s *store) start() error {
+	if s.journal == nil {
+		return nil
+	}
+	defer func() { go debug.FreeOSMemory() }() // loading leaves much garbage
+	s.compacting.Lock()
+	defer s.compacting.Unlock()
+	if s.journal.clean {
+		// There may have been a crash between the last rename and this.
+		return s.disk.syncDirectory(filepath.Dir(s.path))
+	}
+	isNew := s.journal.file == nil
+	err := s.compact()
+	if err != nil && isNew {
+		os.Remove(s.path)
+	}
+	return err
+}
+
+// close compacts FILE, so that it holds only a snapshot. Later changes are
+// rejected.
+func (s *store) close() error {
 	if s.path == "" {
 		return nil
 	}
-	s.renewing.Lock() // for ever: whoever is late must not touch the files
-	if s.journal != nil {
-		err = errors.Join(s.renew(), s.journal.Close())
+	s.compacting.Lock() // and never unlocked
+	s.fileMu.Lock()
+	s.closed = true
+	done := s.journal.clean && !s.journal.broken
+	s.fileMu.Unlock()
+	if done {
+		return nil
 	}
-	return errors.Join(err, s.lock.Close())
+	return s.compact()
 }
 
-// A disk runs each operation that the promise hangs on. It is nil but in tests,
-// which let the n-th one fail.
+// release lets another process use FILE.
+func (s *store) release() {
+	if s.journal != nil {
+		s.journal.close()
+		s.lock.Close()
+	}
+}
+
+// A journal is FILE: JSON values that are on disk once append has returned. It
+// begins with a snapshot, one change per line. Then there is a line for each
+// commit:
+//
+//	{"format":2,"last_id":"6d3r16h4n","changes":[
+//	{"user":{…}},
+//	{"create":{…}}
+//	],"crc32c":"5c1f3a77"}
+//	{"changes":[{"update":{…}}],"crc32c":"99e3f1a2"}
+//
+// A checksum covers all text before it, except other checksums, so damaged,
+// missing and moved lines are noticed, except lines that are missing at the end.
+type journal struct {
+	path   string
+	disk   disk
+	file   *os.File
+	size   int64  // of what is acknowledged, in bytes
+	sum    uint32 // of what is acknowledged
+	count  int    // of the changes, see memory.size
+	clean  bool   // the file holds only a snapshot
+	torn   int    // the number of an incomplete last line, see read
+	broken bool   // nobody knows what the file holds: it gets no more changes
+}
+
+var (
+	errDamaged    = errors.New("is damaged: a checksum does not match; restore a backup (or remove crc32c, if you edited the file)")
+	errNoChecksum = errors.New("has no checksum")
+)
+
+const (
+	headerFormat   = `{"format":2,"last_id":%q,"changes":[`
+	checksumFormat = `,"crc32c":"%08x"}`
+	checksumLength = len(`,"crc32c":"5c1f3a77"}`)
+)
+
+func castagnoli() *crc32.Table { return crc32.MakeTable(crc32.Castagnoli) }
+
+// createJournal writes a new file that begins with a snapshot.
+func createJournal(path string, disk disk, all snapshot, lastID string) (*journal, error) {
+	file, err := disk.create(path)
+	if err != nil {
+		return nil, err
+	}
+	j := &journal{path: path, disk: disk, file: file, clean: true}
+	err = disk.do("write", path, func() error { return j.writeSnapshot(all, lastID) })
+	if err == nil {
+		err = disk.do("sync", path, file.Sync)
+	}
+	if err != nil {
+		j.close()
+		return nil, err
+	}
+	return j, nil
+}
+
+func (j *journal) writeSnapshot(all snapshot, lastID string) (err error) {
+	sum := crc32.New(castagnoli())
+	w := bufio.NewWriterSize(io.MultiWriter(j.file, sum), 1<<16)
+	fmt.Fprintf(w, headerFormat, lastID)
+	separator, line, count := "\n", []byte(nil), 0
+	all(func(c change) {
+		var lineErr error
+		line, lineErr = c.appendJSON(line[:0])
+		err = cmp.Or(err, lineErr)
+		w.WriteString(separator)
+		w.Write(line)
+		separator = ",\n"
+		if count++; count%4096 == 0 {
+			// Otherwise an fsync of FILE could wait for all of this (ext4).
+			w.Flush()
+			j.file.Sync()
+		}
+	})
+	w.WriteString("\n]")
+	if err = cmp.Or(err, w.Flush()); err != nil { // Flush also returns earlier errors
+		return err
+	}
+	j.sum = sum.Sum32()
+	if _, err = fmt.Fprintf(j.file, checksumFormat+"\n", j.sum); err == nil {
+		j.size, err = j.file.Seek(0, io.SeekCurrent)
+	}
+	return err
+}
+
+// append returns nil once the changes are on disk. It changes neither the path nor
+// the file; others may read them meanwhile.
+func (j *journal) append(changes [][]byte) error {
+	if len(changes) == 0 {
+		return nil
+	}
+	line := slices.Concat([]byte(`{"changes":[`), bytes.Join(changes, []byte(",")), []byte("]"))
+	sum := crc32.Update(j.sum, castagnoli(), line)
+	line = fmt.Appendf(line, checksumFormat+"\n", sum)
+	if err := j.write(line); err != nil {
+		return err
+	}
+	j.size, j.sum, j.count, j.clean = j.size+int64(len(line)), sum, j.count+len(changes), false
+	return nil
+}
+
+// write puts a line after what is acknowledged, or cuts the file back to that.
+// After a failed fsync the kernel may treat lost pages as written
+// (PostgreSQL's "fsyncgate"), so the file is broken then.
+func (j *journal) write(line []byte) error {
+	err := j.disk.do("write", j.path, func() error {
+		_, err := j.file.WriteAt(line, j.size)
+		return err
+	})
+	if err == nil {
+		if err = j.disk.do("sync", j.path, j.file.Sync); err == nil {
+			return nil
+		}
+		j.broken = true
+	}
+	truncate := func() error {
+		if err := j.file.Truncate(j.size); err != nil {
+			return err
+		}
+		return j.file.Sync()
+	}
+	if j.disk.do("truncate", j.path, truncate) != nil {
+		j.broken = true
+	}
+	return err
+}
+
+// isAt reports whether the file has a path.
+func (j *journal) isAt(path string) bool {
+	mine, err1 := j.file.Stat()
+	there, err2 := os.Stat(path)
+	return err1 == nil && err2 == nil && os.SameFile(mine, there)
+}
+
+func (j *journal) close() {
+	if j != nil {
+		j.file.Close() // what counts was fsynced
+	}
+}
+
+// read calls use with the changes of each line, in JSON and separated by commas. It
+// drops an incomplete last line, which was never acknowledged. It returns the
+// last id of the snapshot, or errNoChecksum for a file that was edited by hand.
+func (j *journal) read(use func(changes []byte, line int)) (lastID string, err error) {
+	r := bufio.NewReaderSize(j.file, 1<<16)
+	header, _ := readLine(r)
+	fmt.Sscanf(string(header), headerFormat, &lastID)
+	if string(header) != fmt.Sprintf(headerFormat+"\n", lastID) {
+		return "", errNoChecksum
+	}
+	j.sum, j.size = crc32.Checksum(header, castagnoli()), int64(len(header))
+
+	inSnapshot := true
+	for number := 2; ; number++ {
+		line, err := readLine(r)
+		switch {
+		case err == io.EOF && inSnapshot:
+			return "", errNoChecksum
+		case err == io.EOF:
+			return lastID, nil
+		case err != nil:
+			return "", err
+		case !inSnapshot && isTorn(line, r):
+			j.torn, j.clean = number, false
+			return lastID, nil
+		}
+		text, ending := cutChecksum(line)
+		j.sum = crc32.Update(j.sum, castagnoli(), text)
+		j.size += int64(len(line))
+		if inSnapshot && ending == "" {
+			use(bytes.TrimRight(text, ",\n"), number)
+			continue
+		}
+		if ending != fmt.Sprintf(checksumFormat, j.sum) {
+			return "", fmt.Errorf("line %d: %w", number, errDamaged)
+		}
+		j.clean = inSnapshot && bytes.HasSuffix(line, []byte("\n"))
+		inSnapshot = false
+		text = bytes.TrimPrefix(text, []byte(`{"changes":[`))
+		use(bytes.TrimSuffix(text, []byte("]")), number)
+	}
+}
+
+// readLine returns the next line with its line end, if it has one, or io.EOF. The
+// line is valid until r is used again: a copy of each would make a start a tenth
+// slower.
+func readLine(r *bufio.Reader) ([]byte, error) {
+	line, err := r.ReadSlice('\n')
+	if err == bufio.ErrBufferFull {
+		var rest []byte
+		line = bytes.Clone(line)
+		rest, err = r.ReadBytes('\n')
+		line = append(line, rest...)
+	}
+	if err == io.EOF && len(line) > 0 {
+		err = nil
+	}
+	return line, err
+}
+
+// isTorn reports whether a line is the last one and did not reach the disk as a
+// whole: it has no line end, or zeros in place of a block that was lost.
+func isTorn(line []byte, r *bufio.Reader) bool {
+	lost := bytes.HasPrefix(line, []byte{0}) || bytes.Contains(line, []byte{0, 0})
+	if !lost && bytes.HasSuffix(line, []byte("\n")) {
+		return false // before Peek, which makes the line invalid
+	}
+	_, err := r.Peek(1)
+	return err == io.EOF
+}
+
+// cutChecksum splits a line before its checksum, if it has one.
+func cutChecksum(line []byte) (text []byte, ending string) {
+	whole := bytes.TrimSuffix(line, []byte("\n"))
+	at := len(whole) - checksumLength
+	if at < 0 || !bytes.HasPrefix(whole[at:], []byte(`,"crc32c":`)) {
+		return line, ""
+	}
+	return whole[:at], string(whole[at:])
+}
+
+// A disk runs each file operation that the promise depends on. It is nil except in
+// tests, which make an operation fail.
 type disk func(op, path string, do func() error) error
 
 func (d disk) do(op, path string, do func() error) error {
@@ -766,50 +879,35 @@ func (d disk) do(op, path string, do func() error) error {
 	return d(op, path, do)
 }
 
-// create makes an empty file that only its owner can read.
+// create makes a new file that only its owner can read. It never writes through a
+// link that somebody left in its place.
 func (d disk) create(path string) (f *os.File, err error) {
 	err = d.do("create", path, func() error {
-		if f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600); err != nil {
-			return err
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("%w; remove it by hand", err)
 		}
-		return f.Chmod(0o600) // an older one may be open to others
+		f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+		return err
 	})
 	return f, err
 }
 
-// replace gives a file new content; a crash leaves the old or the new.
-func (d disk) replace(path string, content func(io.Writer) error) error {
-	temp := path + ".tmp"
-	f, err := d.create(temp)
-	if err != nil {
-		return err
-	}
-	defer os.Remove(temp) // where it was not renamed
-	err = d.do("write", temp, func() error {
-		buffer := bufio.NewWriterSize(f, 1<<16)
-		return errors.Join(content(buffer), buffer.Flush())
+// syncDirectory makes the entries of a directory durable. Some file systems cannot,
+// such as CIFS, and Windows need not.
+func (d disk) syncDirectory(path string) error {
+	err := d.do("sync", path, func() error {
+		if runtime.GOOS == "windows" {
+			return nil
+		}
+		directory, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer directory.Close()
+		return directory.Sync()
 	})
-	if err == nil {
-		err = d.do("sync", temp, f.Sync)
+	if errors.Is(err, syscall.EINVAL) || errors.Is(err, errors.ErrUnsupported) {
+		return nil
 	}
-	if err = errors.Join(err, f.Close()); err == nil { // closed: Windows renames no open file
-		err = d.do("rename", path, func() error { return os.Rename(temp, path) })
-	}
-	if err != nil {
-		return err
-	}
-	return d.syncFolder(path)
-}
-
-// syncFolder makes durable that a file has come or gone by a name.
-func (d disk) syncFolder(path string) error {
-	if runtime.GOOS == "windows" {
-		return nil // a folder cannot be synced there
-	}
-	f, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return d.do("sync", f.Name(), f.Sync)
+	return err
 }

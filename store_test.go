@@ -1,22 +1,25 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
-	"context"
-	"crypto/rsa"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
+	"hash/crc32"
 	"io"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
@@ -29,302 +32,392 @@ import (
 	"time"
 )
 
-// These tests hold the store to the promise at the top of store.go. Beside it
-// they keep a [ledger], the plainest form of what was acknowledged: whatever
-// happens, the [contents] of the store must be the same text. Things go wrong
-// in three ways: somebody damages [files], an operation on the disk fails
-// ([disk] is the seam), or there is a crash, of which a [platter] knows what
-// it leaves.
+// These tests hold the store to the promise at the top of store.go. They keep a
+// model of what was acknowledged, in the plainest form: whatever happens, the
+// contents of the store must be the same text. And they let everything go wrong that
+// can: FILE is damaged, the power is lost, an operation on the disk fails (the type
+// disk is the seam), and the server is killed, which runs in a process of its own.
 
-func TestEverythingSurvivesARestart(t *testing.T) {
-	a := audit(t, noSync)
-	for _, c := range slices.Concat(life()...) {
-		a.must(c)
-	}
-	a.survivesAKill("before")
-	a.restart()
-	a.survivesAKill("after a restart")
+var long = flag.Bool("long", false, "kill the server many times, which takes minutes")
+
+// TestFormat shows FILE after a stop and two commits.
+func TestFormat(t *testing.T) {
+	s := newTestStore(t, noSync)
+	ann := somebody(1)
+	s.must(ann.signUp("a@example.org"), ann.create(ideaID(1), "tea & milk", 7))
+	s.must(ann.logIn("phone", 10), ann.logOut("user00001-0", 0))
+	s.restart()
+	s.must(ann.update(ideaID(1), "tea", 5))
+	s.commitInOneLine(ann.remove(ideaID(1)), somebody(2).signUp("b@example.org"))
+	compare(t, "FILE", s.file(), withChecksums(`{"format":2,"last_id":"user00001","changes":[
+{"user":{"id":"user00001","email":"a@example.org","name":"Any Name","password":"hash"}},
+{"session":{"key":"phone","user":"user00001","start":10,"expires":110}},
+{"create":{"owner":"user00001","idea":{"id":"idea00001","content":"tea \u0026 milk","impact":7,"ease":5,"confidence":5,"average_score":5.666666666666667,"created_at":1600000000}}},
+{"logout":{"user":"user00001","exp":4102444800}}
+]`, `{"changes":[{"update":{"owner":"user00001","idea":{"id":"idea00001","content":"tea","impact":5,"ease":5,"confidence":5,"average_score":5.0,"created_at":1600000000}}}]`,
+		`{"changes":[{"delete":{"owner":"user00001","id":"idea00001"}},`+
+			`{"user":{"id":"user00002","email":"b@example.org","name":"Any Name","password":"hash"},"session":{"key":"user00002-0","user":"user00002","start":1,"expires":101}}]`))
 }
 
-// TestAPlainModelAgrees makes thousands of random changes, many of which must
-// be refused, and restarts now and then.
+// TestApplyKnowsEveryKindOfChange fails for a kind that somebody adds without an
+// example, and for an example that apply does not know.
+func TestApplyKnowsEveryKindOfChange(t *testing.T) {
+	s := newTestStore(t, noSync)
+	ann := somebody(1)
+	s.must(ann.signUp("a@example.org"), ann.create(ideaID(1), "tea", 5))
+	examples := ann.everyChange()
+	for _, c := range examples {
+		before := contents(s.store)
+		if s.must(c); contents(s.store) == before {
+			t.Errorf("%s changes nothing", inJSON(c))
+		}
+		s.survivesAKill("after " + inJSON(c))
+	}
+	for _, field := range reflect.VisibleFields(reflect.TypeFor[change]()) {
+		has := func(c change) bool { return !reflect.ValueOf(c).FieldByIndex(field.Index).IsZero() }
+		if field.IsExported() && field.Name != "Probe" && !slices.ContainsFunc(examples, has) {
+			t.Errorf("everyChange has no example of %s", field.Name)
+		}
+	}
+}
+
+// TestAPlainModelAgrees makes thousands of random changes, many of which must be
+// rejected, and restarts now and then.
 func TestAPlainModelAgrees(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	r := rand.New(rand.NewPCG(seed, 0))
-	a := audit(t, noSync)
-	a.must(person(a.newID()).signsUp("first@example.org"))
+	s := newTestStore(t, noSync)
+	s.must(person(s.newID()).signUp("first@example.org"))
 	for n := range 3000 {
-		c := randomChange(r, &a.ledger, a.newID)
-		if got, want := a.commit(c), a.ledger.do(c); !errors.Is(got, want) {
-			t.Fatalf("change %d, %s: %v, want %v", n, inJSON(c), got, want)
-		}
+		c := randomChange(r, &s.model, s.newID)
+		wantError(t, inJSON(c), s.commit(c), s.model.do(c))
 		if n%1000 == 999 {
-			a.restart()
+			s.restart()
 		}
 		if n%50 == 49 {
-			a.survivesAKill(fmt.Sprintf("after change %d", n))
+			s.survivesAKill(fmt.Sprintf("after change %d", n))
 		}
 	}
 }
 
 func TestIDsRiseAndNeverRepeat(t *testing.T) {
-	check := func(t *testing.T, ids []serial) {
+	rise := func(ids ...string) {
+		t.Helper()
 		for n, id := range ids {
-			if !isID.MatchString(id.String()) || n > 0 && id <= ids[n-1] {
-				t.Errorf("in %d: %v", time.Now().Year(), ids[max(0, n-1):n+1])
+			if !idShape.MatchString(id) || n > 0 && id <= ids[n-1] {
+				t.Errorf("got the ids %v", ids[max(0, n-1):n+1])
 			}
 		}
 	}
-	a := audit(t, noSync)
-	ids := make([][]serial, 8)
+	s := newTestStore(t, noSync)
+	ids := make([][]string, 8)
 	atOnce(len(ids), func(n int) {
 		for range 1000 {
-			ids[n] = append(ids[n], a.newID())
+			ids[n] = append(ids[n], s.newID())
 		}
-		check(t, ids[n])
+		rise(ids[n]...)
 	})
-	check(t, slices.Sorted(slices.Values(slices.Concat(ids...))))
+	rise(slices.Sorted(slices.Values(slices.Concat(ids...)))...)
 
-	// In the next run it is the year 2000, where synctest's clock begins, and
-	// stands still.
-	rises := func(last serial) {
-		left := readFiles(t, a.path)
-		synctest.Test(t, func(t *testing.T) {
+	p, idea := person(s.newID()), s.newID()
+	last := string(p)
+	for _, changes := range [][]change{{p.signUp("a@example.org")}, {p.create(idea, "tea", 5), p.remove(idea)}, nil, nil} {
+		if s.must(changes...); len(changes) > 1 {
+			last = idea // it is gone, and still it never comes again
+		}
+		left := readFiles(t, s.dataPath)
+		synctest.Test(t, func(t *testing.T) { // whose clock begins in the year 2000
 			path := scratch(t)
 			left.write(t, path)
-			s := mustOpen(t, path)
-			check(t, []serial{last, s.newID(), s.newID(), s.newID()})
+			s := mustOpen(t, path, nil)
+			rise(last, s.newID(), s.newID(), s.newID())
+		})
+		if len(changes) != 1 {
+			s.restart()
+		}
+	}
+}
+
+// TestSessionsThatEnd has logins, each for 100 seconds. What has expired ends with
+// the next login, by the times in the records; by today's clock, all of these expired
+// long ago. There may be a hundred.
+func TestSessionsThatEnd(t *testing.T) {
+	s := newTestStore(t, noSync)
+	ann, bob := somebody(1), somebody(2)
+	s.must(ann.signUp("a@example.org"), bob.signUp("b@example.org"))
+	seconds := append([]int64{2, 3, 50, 100, 101, 102, 103}, slices.Repeat([]int64{104}, 102)...)
+	for n, second := range seconds {
+		s.must(ann.logIn(fmt.Sprint("key ", n), second))
+		s.survivesAKill(fmt.Sprintf("after login %d", n)) // a start ends the same
+	}
+	if n := len(s.accounts[string(ann)].sessions); n != 100 {
+		t.Errorf("there are %d sessions, want 100", n)
+	}
+	s.must(bob.logOut("key 108", 0)) // ends nothing: it is somebody else's
+	s.survivesAKill("after somebody else's logout")
+}
+
+// TestLogoutsLast follows an access token that was logged out, until a day after
+// it expired.
+func TestLogoutsLast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTestStore(t, noSync)
+		ann := somebody(1)
+		token := tokenID{string(ann), time.Now().Unix() + 600}
+		s.must(ann.signUp("a@example.org"), change{Logout: &logout{tokenID: token, Key: string(ann) + "-0"}})
+		check := func(when string, lasts bool) {
+			t.Helper()
+			_, active := s.activeUser(token)
+			if inFile := strings.Contains(s.file(), "logout"); active == lasts || inFile != lasts {
+				t.Errorf("%s: got an active token: %t, a logout in FILE: %t", when, active, inFile)
+			}
+			s.survivesAKill(when)
+		}
+		check("at first", true)
+		s.restart()
+		check("after a restart", true)
+		if expires, ok := s.freeExpiry(string(ann), time.Now().Unix(), token.Expires); expires != token.Expires-1 || !ok {
+			t.Errorf("the next token expires at %d (%t), want the second before %d", expires, ok, token.Expires)
+		}
+		time.Sleep(600*time.Second + 24*time.Hour)
+		s.compact()
+		check("after a compaction, a day after it expired", true)
+		time.Sleep(time.Second)
+		check("more than a day after it expired", true)
+		s.model.loggedOut = nil
+		s.compact()
+		check("after a compaction", false)
+	})
+}
+
+// FILE and what is next to it:
+
+// TestAStopLeavesOneDocument has enough of everything that an order by chance
+// would show.
+func TestAStopLeavesOneDocument(t *testing.T) {
+	s := newTestStore(t, noSync)
+	for n := range 20 {
+		p := somebody(n)
+		s.must(p.signUp(string(p)+"@example.org"), p.logIn(string(p)+"-1", 2), p.logOut("", int64(-n)), p.logOut("", int64(n)))
+		s.must(p.create(ideaID(n), "tea", 1+n%10), p.create(ideaID(n+100), "tea", 1+n%7))
+	}
+	s.restart()
+	first := s.file()
+	again := somebody(1).logOut("", 1)
+	s.must(again) // so the next stop writes a new one
+	wantError(t, "a stop", s.close(), nil)
+	wantError(t, "a change after it", s.commit(again), errNotSaved)
+	compare(t, "FILE after another stop", s.file(), first)
+	for line := range strings.Lines(strings.TrimPrefix(first, strings.SplitAfter(first, "\n")[0])) {
+		if line[0] == '{' && !json.Valid([]byte(strings.TrimSuffix(line, ",\n"))) {
+			t.Errorf("a line is not one change: %s", line)
+		}
+	}
+	if left := readFiles(t, s.path); len(left) != 1 || !json.Valid([]byte(first)) {
+		t.Errorf("a stop leaves %q", left)
+	}
+}
+
+// TestABackup copies FILE while 16 people write and the store compacts all the
+// time. At last it puts a copy back.
+func TestABackup(t *testing.T) {
+	s := newTestStore(t, noSync)
+	var acknowledged [16]atomic.Int64
+	var copies atomic.Int64
+	var writers sync.WaitGroup
+	for n := range acknowledged {
+		p := somebody(n)
+		s.must(p.signUp(string(p) + "@example.org"))
+		writers.Go(func() {
+			for k := 0; k < 50 || copies.Load() < 10; k++ {
+				if k%10 == 0 && runtime.GOOS != "windows" { // which renames no open file
+					s.compactSoon()
+				}
+				wantError(t, "a create", s.commit(p.create(fmt.Sprintf("i%02d%06d", n, k), "tea", 5)), nil)
+				acknowledged[n].Add(1)
+			}
 		})
 	}
-	p := person(a.newID())
-	a.must(p.signsUp("a@example.org"))
-	rises(serial(p))
-	last := a.newID()
-	a.must(p.creates(last, "tea", 5))
-	a.must(p.deletes(last)) // and still it never comes again
-	rises(last)
-	a.restart()
-	rises(last)
+	path, state := scratch(t), ""
+	for ; copies.Load() < 10; copies.Add(1) {
+		var before [16]int64
+		for n := range before {
+			before[n] = acknowledged[n].Load()
+		}
+		copyFile(t, s.dataPath, path)
+		backup := mustStart(t, path, noSync)
+		for n := range before {
+			ideas := pages(backup, string(somebody(n)))
+			if has := int64(len(ideas)); has < before[n] || has > acknowledged[n].Load()+1 {
+				t.Errorf("a copy has %d ideas, want %d or a few more", has, before[n])
+			}
+			for k, i := range ideas { // the last comes first
+				want := somebody(n).create(fmt.Sprintf("i%02d%06d", n, len(ideas)-1-k), "tea", 5)
+				compare(t, "an idea in a copy", i, string(want.Create.json))
+			}
+		}
+		state = contents(backup)
+		abandon(backup)
+	}
+	writers.Wait()
+	abandon(s.store)
+	copyFile(t, path, s.dataPath)
+	compare(t, "with a copy in place of FILE", contents(mustStart(t, s.dataPath, noSync)), state)
 }
 
-// TestALogOutEndsOnesOwn has somebody else's key, past the first look.
-func TestALogOutEndsOnesOwn(t *testing.T) {
-	a := audit(t, noSync)
-	p := person(a.newID())
-	a.must(p.signsUp("a@example.org"))
-	a.must(p.logsIn("key", 10))
-	other := &session{Key: "key", UserID: a.newID()}
-	if err := a.commit(change{LogOut: other}); err != nil {
-		t.Error(err)
-	}
-	a.agrees("after another's log-out")
-}
-
-// TestSessionsThatEnd has log-ins at a second, each for 100 seconds. What has
-// expired goes with the next log-in, by the times in the records; by the clock
-// of today, all of these are long over.
-func TestSessionsThatEnd(t *testing.T) {
-	seconds := func(from, to int64) (list []int64) {
-		for ; from <= to; from++ {
-			list = append(list, from)
-		}
-		return list
-	}
-	a := audit(t, noSync)
-	for n, test := range []struct {
-		name         string
-		logIns, left []int64
-	}{
-		{"none", seconds(1, 3), seconds(1, 3)},
-		{"none, a second before the first expires", []int64{1, 100}, []int64{1, 100}},
-		{"the first, the second it expires", []int64{1, 101}, []int64{101}},
-		{"all that have expired", []int64{1, 2, 3, 50, 103}, []int64{50, 103}},
-		{"none of a hundred", seconds(1, 100), seconds(1, 100)},
-		{"the oldest of more", append(seconds(1, 100), 100, 100), append(seconds(3, 100), 100, 100)},
-	} {
-		p := somebody(n)
-		a.must(p.signsUp(p.String() + "@example.org"))
-		a.must(p.logsOut(p.String() + "-0")) // the session of the sign-up
-		for at, second := range test.logIns {
-			a.must(p.logsIn(fmt.Sprintf("%s-%d", p, at+1), second))
-		}
-		var left []int64
-		for _, key := range a.logIns[serial(p)] {
-			left = append(left, a.store.sessions[key].Start)
-		}
-		if !slices.Equal(left, test.left) {
-			t.Errorf("ends %s: those of %d are left, want %d", test.name, left, test.left)
-		}
-		a.survivesAKill("ends " + test.name) // the replay ends the same
-	}
-}
-
-func TestFilesAreForTheirOwnerAlone(t *testing.T) {
-	if runtime.GOOS == "windows" {
-		t.Skip("there are no file modes")
-	}
-	entries, err := os.ReadDir(filepath.Dir(audit(t, noSync).path))
-	if err != nil || len(entries) != 3 {
-		t.Errorf("there are %v, want FILE, its journal and its lock (%v)", entries, err)
-	}
-	for _, e := range entries {
-		if info, err := e.Info(); err != nil || info.Mode() != 0o600 {
-			t.Errorf("%s has mode %s (%v)", e.Name(), info.Mode(), err)
-		}
-	}
-}
-
-func TestOtherFilesAreLeftAlone(t *testing.T) {
-	a := audit(t, nil)
-	a.must(somebody(1).signsUp("a@example.org"))
-	others := []string{".journal.1", ".journal.000000009", ".journal.x", ".journal.00000009.bak", ".bak"}
-	for _, other := range others {
-		os.WriteFile(a.path+other, []byte("other"), 0o600)
-	}
-	a.restart()
-	a.agrees("after a restart")
-	for _, other := range others {
-		if data, err := os.ReadFile(a.path + other); string(data) != "other" {
-			t.Errorf("%s: %q, %v", other, data, err)
-		}
-	}
-}
-
-func TestOneProcessPerFile(t *testing.T) {
-	if runtime.GOOS == "windows" {
-		t.Skip("there is no flock")
-	}
-	path := scratch(t)
-	mustStart(t, path, noSync).close()
-	alias := filepath.Join(t.TempDir(), "alias")
-	if err := os.Symlink(path, alias); err != nil {
-		t.Fatal(err)
-	}
-	var opened atomic.Int64
-	atOnce(4, func(n int) {
-		s, err := openStore([]string{path, alias}[n%2], quiet)
-		if err == nil {
-			opened.Add(1)
-			t.Cleanup(func() { s.lock.Close() })
-		} else if !strings.Contains(err.Error(), snapshotName+".lock is held") {
-			t.Error(err)
-		}
-	})
-	if opened.Load() != 1 {
-		t.Errorf("%d of 4 opened the file at once", opened.Load())
-	}
-}
-
+// TestFilesThatCannotBe has anything but a damaged file in the place of FILE.
 func TestFilesThatCannotBe(t *testing.T) {
-	folder := t.TempDir()
-	paths := []string{folder, filepath.Join(folder, "missing", snapshotName), filepath.Join(os.Args[0], snapshotName)}
-	if runtime.GOOS != "windows" {
-		paths = append(paths, audit(t, noSync).path) // this is its process
+	content := func(data string) func(string) error {
+		return func(path string) error { return os.WriteFile(path, []byte(data), 0o600) }
 	}
-	if os.Geteuid() > 0 { // root may write all the same
-		readOnly := t.TempDir()
-		os.Chmod(readOnly, 0o500)
-		paths = append(paths, filepath.Join(readOnly, snapshotName))
-	}
-	ended, end := context.WithCancel(t.Context())
-	end() // if one is served all the same
-	for _, path := range paths {
-		err := run(ended, []string{"-addr", "127.0.0.1:0", "-data", path, "-key", filepath.Join(folder, "key.pem")}, io.Discard)
-		if err == nil || !strings.Contains(err.Error(), path) {
-			t.Errorf("%s: %v", path, err)
+	const empty = `{"format":2,"last_id":"0","changes":[` + "\n\n]"
+	const regular, newer, foreign = "is not a regular file", "use the newer version", "is not a data file of ideapool; choose another path"
+	for _, test := range []struct {
+		name   string
+		create func(path string) error
+		error  string
+	}{
+		{"empty", content(""), "is empty; restore a backup, or remove it"},
+		{"blank", content("\n\n"), "is empty; restore a backup, or remove it"},
+		{"of format 1", content(`{"format":1,"store":"x","users":[],"crc32c":"00000000"}`), "an older version"},
+		{"of format 3", content(`{"format":3,"pages":[]}`), "a newer version"},
+		{"of format 3 in lines", content(withChecksums(strings.Replace(empty, "2", "3", 1), `{"changes":[7]`)), "a newer version"},
+		{"with an unknown field", content(withChecksums(strings.Replace(empty, "\n\n", "\n"+`{"user":{"id":"user00001","mood":7}}`+"\n", 1))), newer},
+		{"with an unknown kind of change", content(withChecksums(empty, `{"changes":[{"archive":{}}]`)), newer},
+		{"an object", content("{}"), foreign},
+		{"null", content("null"), foreign},
+		{"an array", content("[]"), "is damaged"},
+		{"JSON of something else", content(`{"foo":1}`), "foo"},
+		{"text", content("Dear diary"), "is damaged"},
+		{"a directory", func(path string) error { return os.Mkdir(path, 0o700) }, regular},
+		{"a named pipe", func(path string) error { return exec.Command("mkfifo", path).Run() }, regular},
+		{"a device", func(path string) error { return symlink(os.DevNull, path) }, regular},
+		{"in use", func(path string) error { return openLocked(t, path) }, errLocked.Error()},
+		{"in use, under another name", func(path string) error {
+			return errors.Join(openLocked(t, path+"2"), symlink(path+"2", path))
+		}, errLocked.Error()},
+		{"a dangling link", func(path string) error { return symlink("nothing", path) }, ""},
+		{"next to FILE.tmp that cannot be removed", func(path string) error { return os.MkdirAll(path+".tmp/x", 0o700) }, ""},
+		{"in a directory that does not exist", func(path string) error { return os.RemoveAll(filepath.Dir(path)) }, ""},
+		{"in a file", func(path string) error {
+			return errors.Join(os.RemoveAll(filepath.Dir(path)), content("")(filepath.Dir(path)))
+		}, ""},
+	} {
+		directory := filepath.Join(t.TempDir(), "directory")
+		path := filepath.Join(directory, dataName)
+		err := errors.Join(os.Mkdir(directory, 0o700), os.WriteFile(path+".lock", nil, 0o600), test.create(path))
+		if err != nil && runtime.GOOS == "windows" {
+			continue // it has no locks and no pipes, and not everybody may make links
+		}
+		before := filesIn(filepath.Dir(directory))
+		s, err := openStore(path, nil, quiet)
+		if err == nil {
+			err = s.start()
+			abandon(s)
+		}
+		if err == nil || !strings.Contains(err.Error(), test.error) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%s: got the error %q, want one line with %q", test.name, err, test.error)
+		}
+		if after := filesIn(filepath.Dir(directory)); after != before {
+			t.Errorf("%s: the files are\n%s\nand were\n%s", test.name, after, before)
 		}
 	}
-	if made, _ := os.ReadDir(folder); len(made) > 0 {
-		t.Errorf("there is now %v", made)
+}
+
+// openLocked opens a store until the end of the test, or fails where there is no
+// flock.
+func openLocked(t *testing.T, path string) error {
+	if mustStart(t, path, noSync).lock == nil {
+		return errors.ErrUnsupported
+	}
+	return nil
+}
+
+// TestLockErrors blames another process only if there is one.
+func TestLockErrors(t *testing.T) {
+	for _, err := range []error{syscall.ENOSYS, syscall.ENOLCK, syscall.ENOTSUP, syscall.EWOULDBLOCK} {
+		got, locked := lockError(err), err == syscall.EWOULDBLOCK
+		if errors.Is(got, errLocked) != locked || errors.Is(got, err) == locked {
+			t.Errorf("%v: got the error %v", err, got)
+		}
+	}
+}
+
+// TestTemporaryFilesAreNew has things in the place of FILE.tmp.
+func TestTemporaryFilesAreNew(t *testing.T) {
+	for name, create := range map[string]func(victim, path string) error{
+		"a file":                func(_, path string) error { return os.WriteFile(path, []byte("an older one"), 0o644) },
+		"an empty directory":    func(_, path string) error { return os.Mkdir(path, 0o700) },
+		"a link":                os.Symlink,
+		"a hard link":           os.Link,
+		"a link to nothing":     func(victim, path string) error { return symlink(victim+"2", path) },
+		"a link to a directory": func(victim, path string) error { return symlink(filepath.Dir(victim), path) },
+	} {
+		path, victim := scratch(t), filepath.Join(t.TempDir(), "victim")
+		if err := errors.Join(os.WriteFile(victim, []byte("mine"), 0o600), create(victim, path+".tmp")); err != nil {
+			t.Logf("%s: %v", name, err) // not everybody may make links on Windows
+			continue
+		}
+		mustStart(t, path, nil)
+		names := must(os.ReadDir(filepath.Dir(victim)))
+		if data := must(os.ReadFile(victim)); string(data) != "mine" || len(names) != 1 {
+			t.Errorf("%s: wrote %q through it, among %v", name, data, names)
+		}
+		for _, path := range []string{path, path + ".lock"} {
+			if info, err := os.Lstat(path); runtime.GOOS != "windows" && (err != nil || info.Mode() != 0o600) {
+				t.Errorf("%s: %s has another mode than 0600 (%v)", name, path, err)
+			}
+		}
+	}
+}
+
+// TestDirectoriesThatCannotSync exist on CIFS and in shared folders.
+func TestDirectoriesThatCannotSync(t *testing.T) {
+	for _, errno := range []error{syscall.EINVAL, syscall.ENOTSUP} {
+		s := newTestStore(t, func(op, path string, do func() error) error {
+			if op == "sync" && !strings.HasPrefix(filepath.Base(path), dataName) {
+				return &fs.PathError{Op: "sync", Path: path, Err: errno}
+			}
+			return do()
+		})
+		s.must(somebody(1).signUp("a@example.org"))
+		s.restart()
+		s.restart()
+		s.survivesAKill(errno.Error())
 	}
 }
 
 // Many at once:
 
-func TestOneSignUpPerEmail(t *testing.T) {
-	a := audit(t, noSync)
-	for n := range 30 {
-		var tries []change
-		for try := range 8 {
-			email := fmt.Sprintf("someone%d@example.org", n)
-			if try%2 > 0 {
-				email = strings.ToUpper(email)
-			}
-			tries = append(tries, person(a.newID()).signsUp(email))
-		}
-		winners := 0
-		for at, err := range a.performAtOnce(n%2 > 0, tries...) {
-			switch {
-			case err == nil:
-				winners++
-				a.ledger.do(tries[at])
-			case !errors.Is(err, errEmailTaken):
-				t.Error(err)
-			}
-		}
-		if winners != 1 {
-			t.Errorf("%d of 8 signed up with one e-mail", winners)
-		}
-	}
-	a.survivesAKill("at the end")
-}
-
-func TestAPutNeverBringsAnIdeaBack(t *testing.T) {
-	a := audit(t, noSync)
-	p := person(a.newID())
-	a.must(p.signsUp("a@example.org"))
-	for n := range 50 {
-		id := a.newID()
-		a.must(p.creates(id, "tea", 5))
-		put, deletion := p.updates(id, "coffee", 6), p.deletes(id)
-		errs := a.performAtOnce(n%2 > 0, put, put, deletion, put, put, deletion)
-		if (errs[2] == nil) == (errs[5] == nil) {
-			t.Errorf("two deletions: %v, %v", errs[2], errs[5])
-		}
-		if err := a.commit(put); !errors.Is(err, errNoIdea) {
-			t.Errorf("a put after the deletion: %v", err)
-		}
-		a.ledger.do(deletion)
-		a.survivesAKill("after a deletion")
-	}
-}
-
-// TestManyAtOnceBesideCompactions has eight people change what is theirs, each
-// with a ledger, while others read and the store compacts all the time.
-func TestManyAtOnceBesideCompactions(t *testing.T) {
-	var a *audited
-	var written atomic.Int32 // how often FILE was
-	a = audit(t, func(op, path string, do func() error) error {
-		switch {
-		case op == "write" && strings.Contains(path, ".journal."):
-			a.limit, a.nextRenew = 4<<10, time.Time{} // under diskMu, as this is
-		case op == "rename":
-			written.Add(1)
-		}
-		return noSync(op, path, do)
-	})
-	ledgers := make([]ledger, 8)
+// TestManyAtOnceDuringCompactions has eight people change what is theirs, each
+// with a model, while others read and the store compacts all the time.
+func TestManyAtOnceDuringCompactions(t *testing.T) {
+	s := newTestStore(t, noSync)
+	models := make([]model, 8)
 	var writers, readers sync.WaitGroup
 	var done atomic.Bool
-	for n := range ledgers {
-		p := person(a.newID())
+	for n := range models {
+		p, mine, r := person(s.newID()), &models[n], rand.New(rand.NewPCG(uint64(n), 0))
+		signUp := p.signUp(string(p) + "@example.org")
+		wantError(t, "a sign-up", s.commit(signUp), mine.do(signUp))
 		writers.Go(func() {
-			r := rand.New(rand.NewPCG(uint64(n), 0))
-			mine := &ledgers[n]
-			c := p.signsUp(p.String() + "@example.org")
-			for n := 0; n < 1500 || written.Load() < 5; n++ {
-				if got, want := a.commit(c), mine.do(c); !errors.Is(got, want) {
-					t.Errorf("%s: %v, want %v", inJSON(c), got, want)
+			for n := range 1000 {
+				c := randomChange(r, mine, s.newID)
+				wantError(t, inJSON(c), s.commit(c), mine.do(c))
+				if n%10 == 0 {
+					s.compactSoon()
 				}
-				c = randomChange(r, mine, a.newID)
 			}
 		})
 		readers.Go(func() {
 			for page := 1; !done.Load(); page = page%3 + 1 {
-				ideas, total := listed(a.store, serial(p), page)
-				if len(ideas) != min(pageSize, max(0, total-(page-1)*pageSize)) || !slices.IsSortedFunc(ideas, bestFirst) {
-					t.Errorf("page %d of %d ideas has %d, or out of order", page, total, len(ideas))
+				list, total := s.pageOfIdeas(string(p), page)
+				var ideas []idea
+				err := json.Unmarshal(list, &ideas)
+				byAverage := func(a, b idea) int { return -cmp.Compare(a.Average, b.Average) }
+				if err != nil || len(ideas) != min(pageSize, max(0, total-(page-1)*pageSize)) || !slices.IsSortedFunc(ideas, byAverage) {
+					t.Errorf("page %d of %d ideas has %d, or is out of order (%v)", page, total, len(ideas), err)
 				}
 				time.Sleep(100 * time.Microsecond)
 			}
@@ -333,618 +426,14 @@ func TestManyAtOnceBesideCompactions(t *testing.T) {
 	writers.Wait()
 	done.Store(true)
 	readers.Wait()
-	settle(a.store)
-	for _, l := range ledgers {
-		a.ledger.users = append(a.ledger.users, l.users...)
-		a.ledger.sessions = append(a.ledger.sessions, l.sessions...)
-		a.ledger.ideas = append(a.ledger.ideas, l.ideas...)
+	for _, m := range models {
+		s.model.users = append(s.model.users, m.users...)
+		s.model.sessions = append(s.model.sessions, m.sessions...)
+		s.model.ideas = append(s.model.ideas, m.ideas...)
+		s.model.loggedOut = append(s.model.loggedOut, m.loggedOut...)
 	}
-	a.survivesAKill("at the end")
-	if a.base < 5 {
-		t.Errorf("FILE was written %d times only", a.base)
-	}
-	a.restart()
-	a.survivesAKill("after a restart")
-}
-
-// The order of things: on disk, then in memory, then answered.
-
-func TestAnAnswerComesAfterTheSync(t *testing.T) {
-	disk := newPlatter(nil)
-	a := audit(t, disk.step)
-	p := person(a.newID())
-	a.must(p.signsUp("a@example.org"))
-	atOnce(16, func(int) {
-		for range 10 {
-			id := a.newID()
-			if err := a.commit(p.creates(id, "tea", 5)); err != nil {
-				t.Error(err)
-			}
-			disk.mu.Lock()
-			if !strings.Contains(fmt.Sprint(crashes["a power loss"](disk)), id.String()) {
-				t.Errorf("%s was answered, and a power loss would lose it", id)
-			}
-			disk.mu.Unlock()
-		}
-	})
-}
-
-func TestNobodySeesWhatIsNotOnDisk(t *testing.T) {
-	var slow atomic.Bool
-	reached, goOn := make(chan string), make(chan struct{})
-	a := audit(t, func(op, path string, do func() error) error {
-		if slow.Load() {
-			reached <- op
-			<-goOn
-		}
-		return do()
-	})
-	p := person(a.newID())
-	a.must(p.signsUp("a@example.org"))
-	a.must(p.creates(ideaID(1), "tea", 5))
-	slow.Store(true)
-	for _, c := range p.everyChange() {
-		answered := make(chan error)
-		go func() { answered <- a.commit(c) }()
-		for _, op := range []string{"write", "sync"} {
-			select {
-			case got := <-reached:
-				if got != op {
-					t.Fatalf("%s where %s was to come", got, op)
-				}
-			case err := <-answered:
-				t.Fatalf("%s: answered %v before the %s", inJSON(c), err, op)
-			}
-			a.agrees("before the " + op + " of " + inJSON(c))
-			goOn <- struct{}{}
-		}
-		if err := <-answered; err != nil {
-			t.Fatal(err)
-		}
-		a.ledger.do(c)
-		a.agrees("after " + inJSON(c))
-	}
-	slow.Store(false)
-}
-
-// Recovery: what was never acknowledged is dropped, and any other damage
-// refused, with nothing touched.
-
-// TestAJournalCutAnywhere opens every prefix of a journal: it holds the whole
-// commits in it, and nothing of the next.
-func TestAJournalCutAnywhere(t *testing.T) {
-	left, lines, states := short(t)
-	path := scratch(t)
-	journal := strings.Join(lines, "")
-	for cut := range len(journal) + 1 {
-		left[journal2] = journal[:cut]
-		compare(t, fmt.Sprintf("cut at byte %d", cut), left.read(t, path), states[strings.Count(journal[:cut], "\n")])
-	}
-}
-
-// TestAFlippedBitIsRefused flips every bit of a journal and of its snapshot,
-// one at a time. The last newline is not among them: without it a line is torn.
-func TestAFlippedBitIsRefused(t *testing.T) {
-	whole, _, _ := short(t)
-	path := scratch(t)
-	for name, data := range whole {
-		line := 1
-		for at := range len(data) - 1 {
-			place := name + ": "
-			if name != snapshotName {
-				place = fmt.Sprintf("%s:%d: ", name, line)
-			}
-			for bit := range 8 {
-				flipped := []byte(data)
-				flipped[at] ^= 1 << bit
-				damaged := maps.Clone(whole)
-				damaged[name] = string(flipped)
-				damaged.refused(t, path, fmt.Sprintf("%s with bit %d of byte %d flipped", name, bit, at), place)
-			}
-			if data[at] == '\n' {
-				line++
-			}
-		}
-	}
-}
-
-// TestALostBlock puts zeros where the power went before a block of a line
-// reached the disk. In the last line that is no damage: it was not fsynced.
-func TestALostBlock(t *testing.T) {
-	left, lines, states := short(t)
-	last, path := len(lines)-1, scratch(t)
-	for at, line := range lines {
-		n := len(line)
-		for _, lost := range [][2]int{{0, 1}, {0, n / 2}, {n / 3, n / 2}, {n - 3, n - 1}, {0, n}, {n / 2, n}, {n - 1, n}} {
-			damaged := slices.Clone(lines)
-			damaged[at] = line[:lost[0]] + strings.Repeat("\x00", lost[1]-lost[0]) + line[lost[1]:]
-			left[journal2] = strings.Join(damaged, "")
-			name := fmt.Sprintf("line %d of %d without bytes %d", at+1, len(lines), lost)
-			switch {
-			case at == last:
-				compare(t, name, left.read(t, path), states[at])
-			case lost[1] < n: // else it is one line with the next
-				left.refused(t, path, name, fmt.Sprintf("%s:%d: ", journal2, at+1))
-			}
-		}
-	}
-}
-
-func TestDamageIsRefused(t *testing.T) {
-	type damage struct {
-		name  string
-		do    func(f files)
-		error string
-	}
-	snapshot := func(name, data, error string) damage {
-		return damage{name, func(f files) { f[snapshotName] = data }, snapshotName + ": " + error}
-	}
-	edit := func(name, old, new, error string) damage {
-		return damage{name, func(f files) { f.edit(old, new) }, error}
-	}
-	const (
-		idea1    = snapshotName + `: idea "idea00001": cannot be right`
-		user1    = snapshotName + `: user "user00001": cannot be right`
-		session1 = snapshotName + `: session "user00001-0": cannot be right`
-	)
-	whole, states := chain(t)
-	file, path := whole[snapshotName], scratch(t)
-	_, err := os.Stat(path)
-	missing := errors.Unwrap(err).Error() // in the words of this system
-	compare(t, "undamaged", whole.read(t, path), states[len(states)-1])
-	tests := []damage{
-		snapshot("empty", "", "is damaged"),
-		snapshot("blank", "\n", "is damaged"),
-		snapshot("{}", "{}", "is not a file of ideapool"),
-		snapshot("[]", "[]", "is damaged"),
-		snapshot("null", "null", "is not a file of ideapool"),
-		snapshot("foreign", `{"foo":1}`, "is damaged"),
-		snapshot("a newer format", `{"format":2,"new":{}}`, "has format 2"),
-		snapshot("something behind it", file+"{}", "is damaged: something follows"),
-		snapshot("an edit with the old crc32c", strings.Replace(file, "tea", "pea", 1), "is damaged: the checksum"),
-		snapshot("a wrong crc32c", strings.Replace(file, `"crc32c":"`, `"crc32c":"0`, 1), "is damaged: the checksum"),
-
-		edit("an idea without its user", `"owner":"user00001"`, `"owner":"user00009"`, idea1),
-		edit("no idea", `"ideas":[`, `"ideas":[null,`, snapshotName+": an idea cannot be right"),
-		{"a field of a newer ideapool", func(f files) {
-			text := strings.Replace(file, `"content":"tea"`, `"content":"tea","mood":7`, 1)
-			f[snapshotName] = regexp.MustCompile(`\w{8}("}\s*)$`).ReplaceAllString(text, sumOf([]byte(text))+"$1")
-		}, snapshotName + ": is damaged: json: unknown field"},
-		edit("a mistyped name", `"owner"`, `"ownr"`, snapshotName+": is damaged: json: unknown field"),
-		edit("score 12", `"tea","impact":5`, `"tea","impact":12`, idea1),
-		edit("score 0", `"tea","impact":5`, `"tea","impact":0`, idea1),
-		edit("score 5.5", `"tea","impact":5`, `"tea","impact":5.5`, snapshotName+": is damaged"),
-		edit("no content", `"tea"`, `""`, idea1),
-		edit("an id in capitals", `"id":"idea00001"`, `"id":"IDEA00001"`, snapshotName+`: is damaged: the id "IDEA00001" cannot be right`),
-		edit("a short id", `"id":"idea00001"`, `"id":"idea1"`, snapshotName+`: is damaged: the id "idea1" cannot be right`),
-		edit("an id of the year 2291", `"id":"idea00001"`, `"id":"zzzzzzzzz"`, snapshotName+`: an id after "z00000000": cannot be right`),
-		edit("a last id that wraps around", `"last_id":`, `"last_id":184466`, snapshotName+`: an id after`),
-		edit("an idea with no id", `"id":"idea00001"`, `"id":null`, snapshotName+`: idea "0": cannot be right`),
-		edit("a user with no id", `"id":"user00001"`, `"id":null`, snapshotName+`: user "0": cannot be right`),
-		edit("an idea twice", `"id":"idea00002"`, `"id":"idea00001"`, idea1),
-		edit("a user twice", `"id":"user00002"`, `"id":"user00001"`, user1),
-		edit("an e-mail twice", "b@example.org", "A@EXAMPLE.ORG", errEmailTaken.Error()),
-		edit("a session twice", "user00002-0", "user00001-0", session1),
-		edit("a session without its user", `"user":"user00001"`, `"user":"user00009"`, session1),
-		edit("another store", `"store":"`, `"store":"X`, journal2+":1: is damaged"),
-
-		{"no snapshot", func(f files) { delete(f, snapshotName) }, journal2 + " holds changes"},
-		{"no journal 2", func(f files) { delete(f, journal2) }, journal2 + ": " + missing},
-		{"no journal", func(f files) { delete(f, journal2); delete(f, journal3) }, journal2 + ": " + missing},
-		{"journals swapped", func(f files) { f[journal2], f[journal3] = f[journal3], f[journal2] }, journal2 + ":1: is damaged"},
-		{"a journal twice", func(f files) { f[journal3] = f[journal2] }, journal3 + ":1: is damaged"},
-		{"a torn journal that goes on", func(f files) { f[journal2] = strings.TrimRight(f[journal2], "\n") }, journal3 + " goes on"},
-		{"a line twice", func(f files) { f[journal2] += f[journal2] }, journal2 + ":4: is damaged"},
-		{"no first line", func(f files) { _, f[journal2], _ = strings.Cut(f[journal2], "\n") }, journal2 + ":1: is damaged"},
-		{"an empty line", func(f files) { f[journal2] += "\n" }, journal2 + ":4: is damaged"},
-	}
-	for cut := 1; cut < len(file)-1; cut += 20 {
-		tests = append(tests, snapshot(fmt.Sprintf("cut at %d", cut), file[:cut], "is damaged"))
-	}
-	// Lines with the right checksum that contradict what is before:
-	id := regexp.MustCompile(`"store":"(\w+)"`).FindStringSubmatch(file)[1]
-	for name, c := range map[string]change{
-		"a user without a session":   {User: &user{ID: serial(somebody(9)), Email: "c@example.org"}},
-		"an idea without its user":   somebody(9).creates(ideaID(9), "tea", 5),
-		"score 12":                   somebody(1).creates(ideaID(9), "tea", 12),
-		"an idea twice":              somebody(1).creates(ideaID(1), "tea", 5),
-		"a user twice":               somebody(1).signsUp("new@example.org"),
-		"a session twice":            somebody(1).logsIn("user00001-0", 10),
-		"a session without its user": somebody(9).logsIn("key", 10),
-	} {
-		line, _ := encodeLine((&store{id: id}).firstSum(3), []*pending{{text: []byte(inJSON(c))}})
-		tests = append(tests, damage{"a line with " + name, func(f files) { f[journal3] = string(line) }, journal3 + ":1: cannot be right"})
-	}
-	for _, test := range tests {
-		damaged := maps.Clone(whole)
-		test.do(damaged)
-		damaged.refused(t, path, test.name, test.error)
-	}
-}
-
-// TestAHandEditIsAccepted has somebody edit FILE and remove its crc32c.
-func TestAHandEditIsAccepted(t *testing.T) {
-	whole, states := chain(t)
-	whole.edit(`"content":"tea"`, `"content":"pea"`)
-	want := strings.ReplaceAll(states[len(states)-1], `"content":"tea"`, `"content":"pea"`)
-	compare(t, "as it is", whole.read(t, scratch(t)), want)
-	var pretty bytes.Buffer
-	if err := json.Indent(&pretty, []byte(whole[snapshotName]), "", "\t"); err != nil {
-		t.Fatal(err)
-	}
-	whole[snapshotName] = pretty.String()
-	compare(t, "pretty-printed", whole.read(t, scratch(t)), want)
-}
-
-// Crashes:
-
-// crashes are the ways in which one can leave a folder. A power loss may lose
-// what was not fsynced, and need not: POSIX leaves open in what order names
-// and bytes reach the disk.
-var crashes = map[string]func(p *platter) files{
-	"a kill": func(p *platter) files {
-		return left(p.live, func(_, written string) string { return written })
-	},
-	"a power loss": func(p *platter) files {
-		return left(p.durable, func(synced, _ string) string { return synced })
-	},
-	"a power loss that spares the names": func(p *platter) files {
-		return left(p.live, func(synced, _ string) string { return synced })
-	},
-	"a power loss that spares the removals": func(p *platter) files {
-		names := maps.Clone(p.durable)
-		maps.DeleteFunc(names, func(name string, _ *platterFile) bool { return p.live[name] == nil })
-		return left(names, func(synced, _ string) string { return synced })
-	},
-	"a power loss that spares half": func(p *platter) files {
-		return left(p.live, func(synced, written string) string {
-			rest := strings.TrimPrefix(written, synced)
-			return synced + rest[:len(rest)/2]
-		})
-	},
-	"a power loss with a lost block": func(p *platter) files {
-		return left(p.live, func(synced, written string) string {
-			rest := strings.TrimPrefix(written, synced)
-			return synced + strings.Repeat("\x00", len(rest)/2) + rest[len(rest)/2:]
-		})
-	},
-}
-
-// A moment is one at which everything may crash.
-type moment struct {
-	name string
-	left files
-	want []string // with all changes, and without the one under way
-}
-
-// TestACrashLosesNothing takes a store through its life, and looks before every
-// file operation at what each kind of crash would leave. A new store must read
-// from that what was acknowledged, and the change under way wholly or not at
-// all. While it starts it may crash again, and the same must be left.
-func TestACrashLosesNothing(t *testing.T) {
-	moments := crashMoments(t)
-	path, second := scratch(t), scratch(t)
-	seen := make(map[string]bool) // many look the same
-	for _, m := range moments {
-		key := fmt.Sprint(m.left, m.want)
-		if seen[key] {
-			continue
-		}
-		seen[key] = true
-		got := m.left.read(t, path)
-		if !slices.Contains(m.want, got) {
-			compare(t, m.name, got, m.want[0])
-			continue
-		}
-		disk := newPlatter(m.left)
-		disk.before = func(op string) {
-			for kind, left := range crashes {
-				left := left(disk)
-				if key := fmt.Sprint(left, got); !seen[key] {
-					seen[key] = true
-					compare(t, m.name+", and in the next start before "+op+" "+kind, left.read(t, second), got)
-				}
-			}
-		}
-		s, err := openStore(path, quiet)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if s.disk = disk.step; s.start() != nil {
-			t.Errorf("%s: does not start", m.name)
-		}
-		disk.before("the end")
-		abandon(s)
-	}
-	t.Logf("%d moments, %d different folders", len(moments), len(seen))
-}
-
-func crashMoments(t *testing.T) (moments []moment) {
-	var (
-		disk     = newPlatter(nil)
-		path     = scratch(t)
-		s        *store
-		all      []change // acknowledged, but for the last if it is
-		underWay bool
-		turn     sync.Mutex // one is under way at a time
-		beside   []change   // to be made while the store compacts
-	)
-	disk.before = func(op string) {
-		want := []string{after(all)}
-		if underWay {
-			want = append(want, after(all[:len(all)-1]))
-		}
-		for kind, left := range crashes {
-			moments = append(moments, moment{fmt.Sprintf("before operation %d, %s, %s", len(moments)/len(crashes), op, kind), left(disk), want})
-		}
-	}
-	note := func(begins bool, changes ...change) {
-		disk.mu.Lock()
-		defer disk.mu.Unlock()
-		underWay, all = begins, append(all, changes...)
-	}
-	must := func(c change) {
-		turn.Lock()
-		defer turn.Unlock()
-		note(true, c)
-		if err := s.commit(c); err != nil {
-			t.Errorf("%s: %v", inJSON(c), err)
-		}
-		note(false)
-	}
-	step := func(op, path string, do func() error) error {
-		if len(beside) > 0 && (op == "create" && strings.HasSuffix(path, ".tmp") || op == "rename") {
-			must(beside[0]) // goes to a journal that FILE does not name yet
-			beside = beside[1:]
-		}
-		return disk.step(op, path, do)
-	}
-	for _, changes := range life() {
-		s = mustStart(t, path, step)
-		half := len(changes) / 2
-		for _, c := range changes[:half] {
-			must(c)
-		}
-		beside, s.limit = changes[half+1:half+3], 0
-		must(changes[half]) // is one too many: the store compacts
-		settle(s)
-		for _, c := range changes[half+3:] {
-			must(c)
-		}
-		if err := s.close(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	disk.before("the end")
-	if s.base < 7 {
-		t.Errorf("FILE was written %d times, want a start, and 3 times a compaction and a close", s.base)
-	}
-	return moments
-}
-
-// TestSIGKILLUnderLoad kills the server, in a process of its own, under the
-// load of 16 visitors, again and again over the same files, and once more
-// while it starts.
-func TestSIGKILLUnderLoad(t *testing.T) {
-	path, all := crowd(t)
-	acknowledged := 0
-	for range 6 {
-		early := startChild(t, path)
-		time.Sleep(rand.N(60 * time.Millisecond))
-		early.kill()
-
-		c := startChild(t, path)
-		acknowledged += c.underLoad(t, all, 100+rand.IntN(1200), os.Kill)
-		if strings.Contains(c.said(), "DATA RACE") || strings.Contains(c.said(), "panic") {
-			t.Error(c.said())
-		}
-		s := mustOpen(t, path)
-		checkAll(t, all, s)
-		s.lock.Close()
-	}
-	t.Logf("%d acknowledged writes; left: %s", acknowledged, slices.Sorted(maps.Keys(readFiles(t, path))))
-}
-
-// TestSIGTERMUnderLoad stops it in the orderly way.
-func TestSIGTERMUnderLoad(t *testing.T) {
-	if runtime.GOOS == "windows" {
-		t.Skip("there are no signals")
-	}
-	path, all := crowd(t)
-	c := startChild(t, path)
-	c.underLoad(t, all, 500, syscall.SIGTERM)
-	if !c.ProcessState.Success() {
-		t.Errorf("%s\n%s", c.ProcessState, c.said())
-	}
-	left := readFiles(t, path)
-	checkAll(t, all, mustOpen(t, path))
-	delete(left, snapshotName)
-	if journals := slices.Collect(maps.Values(left)); !slices.Equal(journals, []string{""}) {
-		t.Errorf("beside FILE there is %.100q, want an empty journal", journals)
-	}
-}
-
-// The failing disk:
-
-var errInjected = errors.New("injected")
-
-// TestAFailureAtAnyOperation lets the n-th operation of a store's life fail,
-// for all n: with no effect, or with half of it or all. A change is then
-// refused and never seen, nothing else is lost, and the store heals by itself.
-func TestAFailureAtAnyOperation(t *testing.T) {
-	for n, failed := 0, true; failed; n++ {
-		for _, half := range []bool{false, true} {
-			synctest.Test(t, func(t *testing.T) {
-				count := 0
-				name := fmt.Sprintf("operation %d fails (half: %t)", n, half)
-				failed = failAt(t, name, func(op, path string, do func() error) error {
-					count++
-					switch {
-					case count != n+1:
-						return noSync(op, path, do)
-					case half && op == "write":
-						return halfWrite(path, do)
-					case half:
-						do()
-					}
-					return errInjected
-				})
-			})
-		}
-	}
-}
-
-// failAt leads a life on a disk that fails once, and returns whether it did.
-func failAt(t *testing.T, name string, disk disk) (failed bool) {
-	watched := func(op, path string, do func() error) error {
-		err := disk(op, path, do)
-		failed = failed || err != nil
-		return err
-	}
-	a := &audited{t: t, scratch: scratch(t)}
-	path := scratch(t)
-	for _, changes := range life() {
-		a.store = mustOpen(t, path)
-		if a.disk = watched; a.start() != nil {
-			a.close() // the process ends, and somebody starts another
-			a.store = mustStart(t, path, watched)
-		}
-		a.limit = 500
-		for _, c := range changes {
-			err := a.commit(c)
-			for try := 0; err != nil && try < 3; try++ {
-				if !errors.Is(err, errNotStored) {
-					t.Errorf("%s: %s: %v", name, inJSON(c), err)
-				}
-				a.agrees(name + ", refused")
-				synctest.Wait() // until it has healed, or tried to
-				a.survivesAKill(name + ", refused")
-				time.Sleep(2 * time.Second) // by synctest's clock
-				err = a.commit(c)
-			}
-			if err != nil {
-				t.Fatalf("%s: does not heal", name)
-			}
-			synctest.Wait() // for the compaction
-			a.ledger.do(c)
-			a.agrees(name)
-		}
-		a.survivesAKill(name)
-		a.close() // may fail, but loses nothing
-		a.survivesAKill(name + ", and a close")
-	}
-	return failed
-}
-
-// TestAJournalThatFailedIsNotWrittenAgain has a failed fsync, after which
-// nobody knows what the file holds, and a failed cut, which leaves half a line.
-func TestAJournalThatFailedIsNotWrittenAgain(t *testing.T) {
-	const (
-		healthy = iota
-		failing
-		abandoned // and there is no way to heal
-		healing
-	)
-	for _, failed := range []string{"sync", "truncate"} {
-		synctest.Test(t, func(t *testing.T) {
-			var phase, made atomic.Int64
-			a := audit(t, func(op, path string, do func() error) error {
-				first := strings.HasSuffix(path, ".journal.00000001")
-				switch now := phase.Load(); {
-				case now == failing && op == failed:
-					return errInjected
-				case now == failing && op == "write" && failed == "truncate":
-					return halfWrite(path, do)
-				case now == abandoned && op == "create" && made.Add(1)%3 == 1:
-					return errInjected // no journal; the next time there is one, and then no snapshot
-				case now == abandoned && op == "rename":
-					return errInjected
-				case now >= abandoned && first && op != "remove":
-					t.Errorf("after a failed %s there is a %s", failed, op)
-				}
-				return do()
-			})
-			refused := func(err error) {
-				t.Helper()
-				if synctest.Wait(); !errors.Is(err, errNotStored) {
-					t.Errorf("after a failed %s: %v", failed, err)
-				}
-			}
-			p := person(a.newID())
-			a.must(p.signsUp("a@example.org"))
-			a.must(p.creates(ideaID(1), "tea", 5))
-			phase.Store(failing)
-			refused(a.commit(p.creates(ideaID(2), "coffee", 5)))
-			phase.Store(abandoned)
-			for second := range int64(3) {
-				for range 50 {
-					refused(a.commit(p.updates(ideaID(1), "coffee", 5)))
-					refused(a.check())
-				}
-				if want := []int64{1, 3, 4}[second]; made.Load() != want {
-					t.Errorf("made %d files to heal in %d seconds, want %d", made.Load(), second+1, want)
-				}
-				time.Sleep(time.Second + 1)
-			}
-			a.survivesAKill("meanwhile")
-
-			phase.Store(healing)
-			refused(a.check()) // it heals beside
-			if err := a.check(); err != nil {
-				t.Errorf("has not healed from a failed %s: %v", failed, err)
-			}
-			a.must(p.updates(ideaID(1), "cocoa", 5))
-			a.survivesAKill("healed")
-		})
-	}
-}
-
-func TestAFullDisk(t *testing.T) {
-	var full atomic.Bool
-	a := audit(t, func(op, path string, do func() error) error {
-		if full.Load() && op == "write" {
-			return halfWrite(path, do)
-		}
-		return noSync(op, path, do)
-	})
-	p := person(a.newID())
-	a.must(p.signsUp("a@example.org"))
-	a.must(p.creates(ideaID(1), "tea", 5))
-	before := readFiles(t, a.path)
-
-	full.Store(true)
-	for _, c := range p.everyChange() {
-		if err := a.commit(c); !errors.Is(err, errNotStored) {
-			t.Errorf("%s: %v", inJSON(c), err)
-		}
-		a.agrees("refused " + inJSON(c))
-		if !maps.Equal(readFiles(t, a.path), before) {
-			t.Errorf("%s: the journal was not cut back", inJSON(c))
-		}
-	}
-	health := func() *httptest.ResponseRecorder {
-		w := httptest.NewRecorder()
-		newServer(options{}, new(rsa.PrivateKey), a.store, quiet).
-			ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), "GET", "/healthz", nil))
-		return w
-	}
-	if w := health(); w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" {
-		t.Errorf("/healthz: %d, %v", w.Code, w.Header())
-	}
-	if err := a.start(); err == nil { // as a compaction
-		t.Error("a snapshot was written")
-	}
-	if left := readFiles(t, a.path); left[snapshotName] != before[snapshotName] || left[snapshotName+".tmp"] != "" {
-		t.Error("a snapshot that failed has left something")
-	}
-	a.survivesAKill("full")
-
-	full.Store(false)
-	if w := health(); w.Code != http.StatusOK {
-		t.Errorf("there is room, and /healthz: %d", w.Code)
-	}
-	a.must(p.creates(ideaID(2), "tea", 5))
-	a.survivesAKill("at the end")
+	s.restart()
+	s.survivesAKill("after a restart")
 }
 
 // TestChangesShareAnFsync lets 64 people come one after the other. The first must
@@ -952,511 +441,1247 @@ func TestAFullDisk(t *testing.T) {
 func TestChangesShareAnFsync(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	var syncs atomic.Int32
-	a := audit(t, func(op, path string, do func() error) error {
-		if op == "sync" && strings.Contains(path, ".journal.") {
+	s := newTestStore(t, func(op, path string, do func() error) error {
+		if op == "sync" {
 			syncs.Add(1)
 		}
 		return noSync(op, path, do) // takes no time in which others could join
 	})
-	p := person(a.newID())
-	a.must(p.signsUp("a@example.org"))
+	s.must(somebody(1).signUp("a@example.org"))
 	syncs.Store(0)
 	atOnce(64, func(n int) {
 		for range n % 4 {
 			runtime.Gosched()
 		}
-		if err := a.commit(p.creates(ideaID(n), "tea", 5)); err != nil {
-			t.Error(err)
-		}
+		wantError(t, "a create", s.commit(somebody(1).create(ideaID(n), "tea", 5)), nil)
 	})
 	if n := syncs.Load(); n > 3 {
 		t.Errorf("64 changes at once took %d fsyncs", n)
 	}
 }
 
-// TestProbe looks whether there is no room for any change when there is none for
-// what check writes.
-func TestProbe(t *testing.T) {
-	a := audit(t, noSync)
-	a.failing.Store(true)
-	before := a.size
-	if err := a.check(); err != nil {
-		t.Fatal(err)
-	}
-	probe := int(a.size - before)
-	longest := change{
-		User:    &user{ID: minSerial, Email: strings.Repeat("&", maxEmail), Name: strings.Repeat("<", maxName), Password: noPassword},
-		Session: &session{Key: keyOf(""), UserID: minSerial, Start: 1e10, Expires: 1e10},
-	}
-	if text, _ := longest.record(); len(text) > probe {
-		t.Errorf("a sign-up may take %d bytes, the probe takes %d", len(text), probe)
+// The order of things: on disk, then in memory, then acknowledged.
+
+// TestNobodySeesWhatIsNotOnDisk looks around each operation of a change, and gives
+// those who wait for its result the time to go on.
+func TestNobodySeesWhatIsNotOnDisk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		disk, path, s := newFakeDisk(), scratch(t), (*testStore)(nil)
+		var ops []string
+		s = newTestStore(t, func(op, path string, do func() error) error {
+			look := func() {
+				if time.Sleep(time.Nanosecond); s != nil { // by the clock of synctest
+					s.agrees("before or after a " + op)
+				}
+			}
+			ops = append(ops, op)
+			look()
+			defer look()
+			return disk.step(op, path, do)
+		})
+		p := somebody(1)
+		for _, c := range append([]change{p.signUp("a@example.org"), p.create(ideaID(1), "tea", 5)}, p.everyChange()...) {
+			ops = nil
+			s.must(c)
+			s.agrees("after " + inJSON(c))
+			compare(t, "after a power loss", crashes["a power loss"](disk).read(t, path), s.model.String())
+			if !slices.Equal(ops, []string{"write", "sync"}) {
+				t.Errorf("%s takes %v", inJSON(c), ops)
+			}
+		}
+	})
+}
+
+// Recovery: what was never acknowledged is dropped. Any other damage is rejected,
+// and nothing is touched.
+
+// TestFileCutAnywhere opens every prefix of FILE. It holds the whole commits in it,
+// and nothing of the next.
+func TestFileCutAnywhere(t *testing.T) {
+	values, states := example(t)
+	file, inSnapshot := strings.Join(values, ""), strings.Count(values[0], "\n")
+	path, snapshot := scratch(t), len(values[0])-1 // without its newline
+	for cut := range len(file) + 1 {
+		name, prefix := fmt.Sprintf("cut at byte %d", cut), files{dataName: file[:cut]}
+		if cut < snapshot {
+			prefix.rejected(t, path, name, "")
+			continue
+		}
+		lines, torn := max(strings.Count(file[:cut], "\n"), inSnapshot), 0
+		if cut > snapshot && file[cut-1] != '\n' {
+			torn = lines + 1
+		}
+		prefix.write(t, path)
+		s := mustOpen(t, path, noSync)
+		if s.torn != torn {
+			t.Errorf("%s: reports the incomplete line %d, want %d", name, s.torn, torn)
+		}
+		compare(t, name, contents(s), states[lines-inSnapshot])
+		if cut%5 == snapshot%5 { // a start takes long
+			wantError(t, name, s.start(), nil)
+			abandon(s)
+			if started := readFiles(t, path); !json.Valid([]byte(started[dataName])) {
+				t.Errorf("%s: a start leaves %q", name, started)
+			}
+			compare(t, name+", after a start", readFiles(t, path).read(t, path), states[lines-inSnapshot])
+		}
+		abandon(s)
 	}
 }
 
-// TestRenewsAreSeldom lets every fsync of a journal fail, so that each change has a
-// new one made, which works.
-func TestRenewsAreSeldom(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		snapshots := 0
-		a := audit(t, func(op, path string, do func() error) error {
-			switch {
-			case op == "sync" && strings.Contains(path, ".journal."):
-				return syscall.EIO
-			case op == "rename":
-				snapshots++
+// TestAFlippedBitIsRejected flips every bit of FILE, one at a time, except those of
+// the last newline: without that a line is torn.
+func TestAFlippedBitIsRejected(t *testing.T) {
+	values, _ := example(t)
+	file, path := strings.Join(values, ""), scratch(t)
+	for at := range len(file) - 1 {
+		place := "" // in the snapshot, another line may show it
+		if at >= len(values[0]) {
+			place = fmt.Sprintf("line %d: ", 1+strings.Count(file[:at], "\n"))
+		}
+		for bit := range 8 {
+			flipped := []byte(file)
+			flipped[at] ^= 1 << bit
+			files{dataName: string(flipped)}.rejected(t, path, fmt.Sprintf("bit %d of byte %d flipped", bit, at), place)
+		}
+	}
+}
+
+// TestALostBlock puts zeros where a block of FILE was lost. In the last line that is
+// no damage: it was not fsynced.
+func TestALostBlock(t *testing.T) {
+	values, states := example(t)
+	last, path := len(values)-1, scratch(t)
+	for at, value := range values {
+		n := len(value)
+		for _, lost := range [][2]int{{0, 1}, {0, n / 2}, {n / 3, n / 2}, {n - 3, n - 1}, {0, n}, {n / 2, n}, {n - 1, n}} {
+			damaged := slices.Clone(values)
+			damaged[at] = value[:lost[0]] + strings.Repeat("\x00", lost[1]-lost[0]) + value[lost[1]:]
+			f := files{dataName: strings.Join(damaged, "")}
+			name := fmt.Sprintf("value %d of %d without the bytes %d", at+1, len(values), lost)
+			if at == last {
+				compare(t, name, f.read(t, path), states[last-1])
+			} else if at < last-1 || lost[1] < n { // else it is one line with the last
+				f.rejected(t, path, name, "")
 			}
-			return do()
+		}
+	}
+}
+
+// TestLinesOutOfPlace has whole lines where they do not belong.
+func TestLinesOutOfPlace(t *testing.T) {
+	values, states := example(t)
+	foreign, _ := example(t, somebody(3).signUp("c@example.org"))
+	path := scratch(t)
+	// check replaces values by others.
+	check := func(name string, from, to, line int, others ...string) {
+		t.Helper()
+		changed := slices.Replace(slices.Clone(values), from, to, others...)
+		place := fmt.Sprintf("line %d: ", strings.Count(strings.Join(values[:line], ""), "\n")+1)
+		files{dataName: strings.Join(changed, "")}.rejected(t, path, name, place)
+	}
+	last := len(values) - 1
+	for n := 1; n <= last; n++ {
+		check("a line twice", n, n, n+1, values[n])
+		check("an empty line", n, n, n, "\n")
+		check("a line of another file", n, n+1, n, foreign[n])
+		check("the snapshot again", n, n, n, values[0])
+		compare(t, "without the last lines", files{dataName: strings.Join(values[:n], "")}.read(t, path), states[n-1])
+		if n < last {
+			check("a line missing", n, n+1, n)
+			check("lines swapped", n, n+2, n, values[n+1], values[n])
+			check("a line moved to the end", n, last+1, n, append(slices.Clone(values[n+1:]), values[n])...)
+		}
+	}
+	files{dataName: foreign[0] + values[1]}.rejected(t, path, "the snapshot of another file", errDamaged.Error())
+	for line := range strings.Lines(values[0]) {
+		files{dataName: strings.Replace(values[0], line, "", 1) + values[1]}.rejected(t, path, "without "+line, "")
+		files{dataName: strings.Replace(values[0], line, line+line, 1)}.rejected(t, path, "twice "+line, "")
+	}
+}
+
+// TestTheEndOfTheBuffer has a line that ends where the read buffer ends, or is as long
+// as that, and many lines behind it.
+func TestTheEndOfTheBuffer(t *testing.T) {
+	ann := somebody(1)
+	changes := []change{ann.signUp("a@example.org")}
+	values := []string{header + inJSON(changes[0]) + "\n]", ""}
+	for n := range 1000 { // 150 bytes each
+		changes = append(changes, ann.create(ideaID(n), "tea", 5))
+		values = append(values, laterLine(changes[n+1]))
+	}
+	for _, start := range []int{0, len(withChecksums(values[0]))} {
+		for _, length := range []int{65535, 65536, 65537} {
+			values[1] = laterLine(change{Probe: "-"})
+			missing := start + length - len(withChecksums(values[:2]...))
+			values[1] = laterLine(change{Probe: strings.Repeat("-", 1+missing)})
+			got := files{dataName: withChecksums(values...)}.read(t, scratch(t))
+			compare(t, fmt.Sprintf("a line from %d to %d", start, start+length), got, after(changes...))
+		}
+	}
+}
+
+// TestChangesThatDoNotFit are in a line with the right checksum, which only a fault
+// of the program could write, and in a FILE that was edited by hand.
+func TestChangesThatDoNotFit(t *testing.T) {
+	values, _ := example(t)
+	line, path := strings.Count(strings.Join(values, ""), "\n")+1, scratch(t)
+	for n, value := range values {
+		values[n] = value[:strings.LastIndex(value, `,"crc32c"`)]
+	}
+	for name, c := range map[string]change{
+		"an idea without its user":   somebody(9).create(ideaID(9), "tea", 5),
+		"an idea twice":              somebody(1).create(ideaID(1), "tea", 5),
+		"a user twice":               somebody(1).signUp("new@example.org"),
+		"a user with a short id":     person("u1").signUp("new@example.org"),
+		"a user with no e-mail":      somebody(9).signUp(""),
+		"a user with a bad e-mail":   somebody(9).signUp("b at example.org"),
+		"a session twice":            somebody(1).logIn("user00001-0", 10),
+		"a session without its user": somebody(9).logIn("key", 10),
+		"a sign-up of somebody else": {User: somebody(9).signUp("new@example.org").User, Session: somebody(8).logIn("key", 1).Session},
+		"a logout without its user":  somebody(9).logOut("key", 10),
+		"nothing":                    {},
+	} {
+		f := files{dataName: withChecksums(append(values, `{"changes":[`+inJSON(c)+"]")...)}
+		f.rejected(t, path, name, fmt.Sprintf("line %d: ", line))
+		f.rejected(t, path, name, errInconsistent.Error())
+		f = files{dataName: strings.TrimSuffix(values[0], "]") + "," + inJSON(c) + "]}"}
+		f.rejected(t, path, name+", by hand", errInconsistent.Error())
+	}
+}
+
+func TestHandEdits(t *testing.T) {
+	values, states := example(t)
+	plain := regexp.MustCompile(`,"crc32c":"\w+"`).ReplaceAllString(values[0], "")
+	edit := func(from, to string) string { return strings.Replace(plain, from, to, 1) }
+	indented := func(text string) string {
+		var b bytes.Buffer
+		err := json.Indent(&b, []byte(text), "", "  ")
+		return must(b.String(), err)
+	}
+	var doc any
+	json.Unmarshal([]byte(plain), &doc)
+	sorted := string(must(json.Marshal(doc))) // keys in another order, and 5.0 turned into 5
+	scored := edit(`"tea","impact":5`, `"tea","impact":8`)
+	rescored := strings.NewReplacer(`"tea","impact":5`, `"tea","impact":8`, `"average_score":5.0`, `"average_score":6.0`).Replace(states[0])
+	for name, test := range map[string]struct{ file, want string }{
+		"no crc32c":         {plain, states[0]},
+		"no last newline":   {strings.TrimSpace(plain), states[0]},
+		"keys sorted":       {sorted, states[0]},
+		"sorted, indented":  {indented(sorted), states[0]},
+		"a score":           {scored, rescored},
+		"a score, indented": {indented(scored), rescored},
+		"a score, and CRLF": {strings.ReplaceAll(scored, "\n", "\r\n"), rescored},
+		"no last id":        {edit(`"last_id":"user00002",`, ""), states[0]},
+	} {
+		path := scratch(t)
+		files{dataName: test.file}.write(t, path)
+		compare(t, name, contents(mustStart(t, path, noSync)), test.want)
+		compare(t, name+", after the start", readFiles(t, path).read(t, scratch(t)), test.want)
+	}
+
+	const tea, damage, invalid = `"tea","impact":5`, "is damaged", "the id, the content or a score is invalid"
+	for name, test := range map[string]struct{ file, error string }{
+		"a score, with crc32c":         {strings.Replace(values[0], tea, `"tea","impact":8`, 1), "remove crc32c"},
+		"indented, with crc32c":        {indented(values[0]), "remove crc32c"},
+		"a later line":                 {plain + values[1], damage},
+		"something behind it":          {plain + "{}", "something after its first document"},
+		"a missing comma":              {edit("},\n", "}\n"), damage},
+		"an unknown field":             {edit(`"content"`, `"mood":7,"content"`), `has the unknown field "mood"`},
+		"score 12":                     {edit(tea, `"tea","impact":12`), invalid},
+		"score 0":                      {edit(tea, `"tea","impact":0`), invalid},
+		"score 5.5":                    {edit(tea, `"tea","impact":5.5`), "5.5"},
+		"no content":                   {edit(`"tea"`, `""`), invalid},
+		"an id in capitals":            {edit("idea00001", "IDEA00001"), `idea "IDEA00001": ` + invalid},
+		"a short id":                   {edit("idea00001", "idea1"), invalid},
+		"an id of the year 2291":       {edit("idea00001", "zzzzzzzzz"), invalid},
+		"an idea without an id":        {edit(`"id":"idea00001",`, ""), invalid},
+		"an e-mail twice":              {edit("b@example.org", "A@EXAMPLE.ORG"), errEmailTaken.Error()},
+		"null":                         {edit(`"changes":[`, `"changes":[null,`), "changes[0]: " + errInconsistent.Error()},
+		"a last id that is too high":   {edit(`"last_id":"user00002"`, `"last_id":"zzzzzzzzzz"`), "last_id"},
+		"a last id that is no id":      {edit(`"last_id":"user00002"`, `"last_id":"a-b"`), "last_id"},
+		"an update of an unknown idea": {edit(`"create":{"owner":"user00001"`, `"update":{"owner":"user00001"`), errNoIdea.Error()},
+	} {
+		files{dataName: test.file}.rejected(t, scratch(t), name, test.error)
+	}
+}
+
+// TestAnyOrder has FILEs of one user with many ideas, in a good order and a bad one.
+func TestAnyOrder(t *testing.T) {
+	ann, want := somebody(1), ""
+	signUp, creates := header+inJSON(ann.signUp("a@example.org")), make([]string, 20_000)
+	for n := range creates {
+		creates[n] = inJSON(ann.create(ideaID(n), "tea", 1+n%10))
+	}
+	for _, order := range []string{"as created", "shuffled"} {
+		snapshot := signUp + ",\n" + strings.Join(creates, ",\n") + "\n]"
+		lines := append([]string{signUp + "\n]"}, creates...)
+		for n := range creates {
+			lines[n+1] = `{"changes":[` + creates[n] + "]"
+		}
+		for form, file := range map[string]string{
+			"a snapshot": withChecksums(snapshot), "many lines": withChecksums(lines...), "an edited file": snapshot + "}",
+		} {
+			got := files{dataName: file}.read(t, scratch(t))
+			want = cmp.Or(want, got)
+			compare(t, form+", "+order, got, want)
+		}
+		rand.Shuffle(len(creates), func(a, b int) { creates[a], creates[b] = creates[b], creates[a] })
+	}
+	if n := strings.Count(want, `"id"`); n != len(creates) {
+		t.Errorf("got %d ideas, want %d", n, len(creates))
+	}
+}
+
+// When to compact:
+
+// TestWhenToCompact counts the logouts until a compaction, which are outdated as
+// soon as they are made. In a snapshot they do not count.
+func TestWhenToCompact(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		compactions, fails, second := 0, false, int64(0)
+		s := newTestStore(t, func(op, path string, do func() error) error {
+			if op == "create" {
+				if compactions++; fails {
+					return errInjected
+				}
+			}
+			return noSync(op, path, do)
 		})
-		snapshots = 0
-		for range 100 {
-			a.commit(somebody(1).signsUp("a@example.org"))
+		logOut := func() {
+			second++
+			s.must(somebody(1).logOut("", second))
 			synctest.Wait()
 		}
-		if snapshots != 1 {
-			t.Errorf("there were %d snapshots within a second, want 1", snapshots)
+		check := func(when string, want int) {
+			t.Helper()
+			time.Sleep(time.Second)
+			logouts := 0
+			for compactions = 0; compactions == 0; logouts++ {
+				logOut()
+			}
+			if logouts != want {
+				t.Errorf("%s: got a compaction after %d logouts, want %d", when, logouts, want)
+			}
 		}
+		s.must(somebody(1).signUp("a@example.org"))
+		const want = 1000 + 2*2 + 1 - 2 // there is a user and a session
+		check("at first", want+1)       // they came in one change
+		check("then", want)
+		s.restart()
+		check("after a restart", want)
+		s.restart()
+		fails = true
+		check("with a failing disk", want)
+		for range 125 {
+			time.Sleep(time.Second)
+			logOut()
+		}
+		if compactions != 3 {
+			t.Errorf("got %d compactions that fail in 125 seconds, want one in a minute", compactions)
+		}
+		s.survivesAKill("after compactions that failed")
 	})
 }
 
-// TestBytesOfACreate looks when journals and snapshots together come to most:
-// after a snapshot.
+// TestBytesOfACreate counts what is given to write(2) for the idea of the API
+// document, up to a clean stop.
 func TestBytesOfACreate(t *testing.T) {
-	const limit, snapshots = 400, 4
-	var written atomic.Int64
-	weigh := weigh(&written)
-	var a *audited
-	a = audit(t, func(op, path string, do func() error) error {
-		if strings.Contains(path, ".journal.") && op == "write" {
-			a.nextRenew = time.Time{} // under diskMu, as this is
+	const creates, limit = 1500, 400
+	written, compactions := int64(0), 0
+	s := newTestStore(t, func(op, path string, do func() error) error {
+		before, _ := os.Stat(path)
+		err := noSync(op, path, do)
+		switch op {
+		case "write":
+			written += must(os.Stat(path)).Size() - before.Size()
+		case "create":
+			compactions++
 		}
-		return noSync(op, path, func() error { return weigh(op, path, do) })
+		return err
 	})
-	p := person(a.newID())
-	a.must(p.signsUp("a@example.org"))
-	creates := int64(0)
-	for number := a.base; number < snapshots; creates++ {
-		if err := a.commit(p.creates(a.newID(), "the-content", 8)); err != nil {
-			t.Fatal(err)
-		}
-		if creates%100 == 0 {
-			settle(a.store)
-			number = a.base
-		}
+	p := person(s.newID())
+	s.must(p.signUp("a@example.org"))
+	for range creates {
+		s.must(p.create(s.newID(), "the-content", 8))
 	}
-	if each := written.Load() / creates; each > limit {
-		t.Errorf("%d creates took %d bytes each, and %d are the most", creates, each, limit)
-	}
-	for range 2 {
-		if info, err := os.Stat(a.path); err != nil || a.limit != 2*info.Size() {
-			t.Errorf("the next snapshot comes after %d bytes of journal, for one of %d bytes (%v)", a.limit, info.Size(), err)
-		}
-		a.restart()
+	wantError(t, "a stop", s.close(), nil)
+	if each := written / creates; each > limit || compactions != 2 { // those of the start and the stop
+		t.Errorf("got %d bytes for each create, want at most %d; %d compactions, want 2", each, limit, compactions)
 	}
 }
 
-// BenchmarkStore makes ideas durable; disk-B/op counts the bytes of journals
-// and snapshots.
-func BenchmarkStore(b *testing.B) {
-	for _, writers := range []int{1, 16, 64} {
-		b.Run(fmt.Sprintf("create/writers=%d", writers), func(b *testing.B) {
-			var written atomic.Int64
-			a := audit(b, weigh(&written))
-			p := person(a.newID())
-			a.must(p.signsUp("a@example.org"))
-			work := make(chan struct{})
-			var wg sync.WaitGroup
-			for range writers {
-				wg.Go(func() {
-					for range work {
-						if err := a.commit(p.creates(a.newID(), "Drink a cup of tea", 1+rand.IntN(10))); err != nil {
-							b.Error(err)
-						}
+// Crashes and failures:
+
+// crashes are the ways in which one can leave a directory. A power loss may lose
+// what was not fsynced, and need not: POSIX leaves open in what order names and
+// bytes reach the disk.
+var crashes = map[string]func(d *fakeDisk) files{
+	"a kill":                             func(d *fakeDisk) files { return d.left(d.live, 1, "") },
+	"a power loss":                       func(d *fakeDisk) files { return d.left(d.durable, 0, "") },
+	"a power loss that spares the names": func(d *fakeDisk) files { return d.left(d.live, 0, "") },
+	"a power loss that spares half":      func(d *fakeDisk) files { return d.left(d.live, 0.5, "") },
+	"a power loss with a lost block":     func(d *fakeDisk) files { return d.left(d.live, 0.5, "\x00") },
+}
+
+// TestACrashLosesNothing plays the script, and looks before every file operation at
+// what each kind of crash would leave: what was acknowledged, and the change under
+// way wholly or not at all. While the next start goes on there may be another crash.
+func TestACrashLosesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, ops := newPlayer(t), 0
+		p.fake.before = func(op string) {
+			name := fmt.Sprintf("before operation %d, %s", ops, op)
+			p.lookAt(name, p.fake, 1, after(p.done...), after(append(slices.Clip(p.done), p.underWay...)...))
+			ops++
+		}
+		p.play("")
+		p.fake.before("the end")
+	})
+}
+
+// TestAFailureAtAnyOperation lets the n-th operation of the script fail, for all n,
+// with no effect, or with half of it or all. A change is then rejected and never
+// seen, nothing else is lost, and the store heals by itself.
+func TestAFailureAtAnyOperation(t *testing.T) {
+	seen := make(map[string]bool)
+	for n, failed := 0, "write"; failed != ""; n++ {
+		for _, effect := range []string{"no effect", "half its effect", "its whole effect"} {
+			if effect == "half its effect" && failed != "write" {
+				continue
+			}
+			synctest.Test(t, func(t *testing.T) {
+				p, count := newPlayer(t), 0
+				p.seen, failed = seen, ""
+				p.inject = func(op, path string, do func() error) error {
+					if count++; count != n+1 {
+						return do()
 					}
-				})
-			}
-			b.ReportAllocs()
-			for b.Loop() {
-				work <- struct{}{}
-			}
-			close(work)
-			wg.Wait()
-			settle(a.store)
-			b.ReportMetric(float64(written.Load())/float64(b.N), "disk-B/op")
+					p.harmless = filepath.Ext(path) == ".tmp" || op == "rename" && effect == "no effect"
+					switch failed = op; effect {
+					case "half its effect":
+						return halfWrite(path, do)
+					case "its whole effect":
+						do()
+					}
+					return errInjected
+				}
+				p.play(fmt.Sprintf("operation %d fails with %s", n, effect))
+			})
+		}
+	}
+}
+
+// A player plays the script, on a fake disk.
+type player struct {
+	*store
+	t      *testing.T
+	fake   *fakeDisk
+	inject disk
+	paths  []string
+	seen   map[string]bool // crashes that were looked at: many leave the same
+
+	harmless bool // what failed was not FILE
+
+	turn           sync.Mutex // one change is under way at a time
+	done, underWay []change   // guarded by fake.mu
+	interruptions  []change   // to be made during a compaction
+}
+
+func newPlayer(t *testing.T) *player {
+	paths := []string{scratch(t), scratch(t), scratch(t)}
+	return &player{t: t, fake: newFakeDisk(), inject: disk(nil).do, paths: paths, seen: make(map[string]bool)}
+}
+
+// step makes changes while a compaction runs: when it makes FILE.tmp, and when it
+// syncs that for the first and the second time. At the third, it holds fileMu.
+func (p *player) step(op, path string, do func() error) error {
+	if len(p.interruptions) > 0 && filepath.Ext(path) == ".tmp" && (op == "create" || op == "sync") {
+		c := p.interruptions[0]
+		p.interruptions = p.interruptions[1:]
+		p.try(c) // and if it fails, nobody tries again
+	}
+	var err error
+	p.fake.step(op, path, func() error {
+		happened := errInjected
+		err = p.inject(op, path, func() error {
+			happened = noSync(op, path, do)
+			return happened
 		})
+		return happened // the disk has it, even if it says otherwise
+	})
+	return err
+}
+
+// try makes a change and notes it, unless it could not be saved.
+func (p *player) try(c change) error {
+	p.turn.Lock()
+	defer p.turn.Unlock()
+	p.note(nil, c)
+	err := p.commit(c)
+	if !errors.Is(err, errNotSaved) {
+		p.note([]change{c})
+		return nil
+	}
+	p.note(nil)
+	if p.harmless {
+		p.t.Errorf("%s is rejected, and FILE has not failed", inJSON(c))
+	}
+	return err
+}
+
+func (p *player) note(done []change, underWay ...change) {
+	p.fake.mu.Lock()
+	defer p.fake.mu.Unlock()
+	p.done, p.underWay = append(p.done, done...), underWay
+}
+
+func (p *player) play(name string) {
+	path := p.paths[2]
+	for run, changes := range script() {
+		p.store = mustOpen(p.t, path, p.step)
+		if p.start() != nil {
+			abandon(p.store) // the process ends, and somebody starts another
+			p.look(name + ", in a start")
+			if left := readFiles(p.t, path); run == 0 && len(left) > 0 {
+				p.t.Errorf("%s: the first start leaves %q", name, left)
+			}
+			p.store = mustStart(p.t, path, p.step)
+		}
+		half := len(changes) / 2
+		for n, c := range changes {
+			if n == half {
+				p.compactSoon()
+				p.interruptions = changes[half+1 : half+4]
+			} else if n > half && n < half+4 {
+				continue // it was made during the compaction
+			}
+			err := p.try(c)
+			for attempt := 0; err != nil && attempt < 3; attempt++ {
+				synctest.Wait() // until the store has healed, or tried to
+				p.look(name + ", rejected")
+				time.Sleep(2 * time.Second) // by the clock of synctest
+				err = p.try(c)
+			}
+			synctest.Wait() // for the compaction
+			compare(p.t, name+", acknowledged", contents(p.store), after(p.done...))
+			if err != nil || p.collecting || p.collected != nil || name == "" && len(p.interruptions) > 0 {
+				p.t.Errorf("%s: does not heal, still collects, or had no interruptions", name)
+			}
+			p.interruptions = nil
+		}
+		err := p.close()
+		p.look(name + ", in a stop")
+		if left := readFiles(p.t, path); err == nil && len(left) != 1 {
+			p.t.Errorf("%s: a stop leaves %q", name, left)
+		}
+		abandon(p.store)
 	}
 }
 
-// What people do:
-
-// A person is a user's id, and makes changes.
-type person serial
-
-func (p person) String() string { return serial(p).String() }
-
-func somebody(n int) person { return person(parseSerial(fmt.Sprintf("user%05d", n))) }
-
-func ideaID(n int) serial { return parseSerial(fmt.Sprintf("idea%05d", n)) }
-
-func (p person) signsUp(email string) change {
-	u := user{ID: serial(p), Email: email, Name: "Any Name", Password: "hash"}
-	return change{User: &u, Session: p.logsIn(p.String()+"-0", 1).Session}
+// look compares what there is, and what a crash would leave at rest.
+func (p *player) look(when string) {
+	p.t.Helper()
+	want := after(p.done...)
+	compare(p.t, when, contents(p.store), want)
+	p.lookAt(when, p.fake, 0, want)
 }
 
-func (p person) logsIn(key string, second int64) change {
-	return change{Session: &session{Key: key, UserID: serial(p), Start: second, Expires: second + 100}}
-}
-
-func (p person) logsOut(key string) change {
-	return change{LogOut: &session{Key: key, UserID: serial(p)}}
-}
-
-func (p person) creates(id serial, content string, impact int) change {
-	i := &idea{ID: id, Content: content, Impact: impact, Ease: 5, Confidence: 5, Created: 1_600_000_000, Owner: serial(p)}
-	i.seal() // fails for an idea that is to be refused
-	return change{Create: i}
-}
-
-func (p person) updates(id serial, content string, impact int) change {
-	return change{Update: p.creates(id, content, impact).Create}
-}
-
-func (p person) deletes(id serial) change {
-	return change{Delete: &idea{ID: id, Owner: serial(p)}}
-}
-
-// everyChange is one of each kind, by somebody with idea00001.
-func (p person) everyChange() []change {
-	return []change{
-		p.creates(ideaID(2), "tea", 5), p.updates(ideaID(1), "coffee", 6), p.deletes(ideaID(1)),
-		p.logsIn("key", 10), p.logsOut(p.String() + "-0"), somebody(2).signsUp("b@example.org"),
+// lookAt looks at what each kind of crash would leave, and so many times at another
+// crash during the next start. What that start has shown must then be durable.
+func (p *player) lookAt(when string, d *fakeDisk, again int, want ...string) {
+	for kind, crash := range crashes {
+		left, next, when := crash(d), d.after(kind), when+", "+kind
+		key := fmt.Sprint(left, crashes["a power loss"](next), want, again)
+		if p.seen[key] {
+			continue
+		}
+		p.seen[key] = true
+		got := left.read(p.t, p.paths[again])
+		if !slices.Contains(want, got) {
+			compare(p.t, when, got, want[0])
+		} else if again > 0 {
+			next.before = func(op string) {
+				p.lookAt(when+", and in the next start before "+op, next, again-1, want...)
+			}
+			s := mustStart(p.t, p.paths[again], func(op, path string, do func() error) error {
+				return next.step(op, path, func() error { return noSync(op, path, do) })
+			})
+			p.lookAt(when+", and after the next start", next, again-1, got)
+			next.before = func(string) {}
+			s.commit(somebody(9).signUp("late@example.org")) // to FILE, whose name must be durable
+			p.lookAt(when+", and after a change then", next, again-1, contents(s))
+			abandon(s)
+		}
 	}
 }
 
-// life is all that people do, in three runs of the server.
-func life() [][]change {
+// script is all that people do, in three runs of the server. In the middle of each
+// there is a compaction, and the next three changes are made during that.
+func script() [][]change {
 	ann, bob, carl := somebody(1), somebody(2), somebody(3)
 	return [][]change{{
-		ann.signsUp("Ann@example.org"),
-		ann.creates(ideaID(1), "tea", 5),
-		bob.signsUp("bob@example.org"),
-		bob.creates(ideaID(2), "rain", 6),
-		ann.logsIn("ann-1", 50),
-		ann.updates(ideaID(1), "green tea", 7),
-		ann.creates(ideaID(3), "biscuits", 5),
-		bob.deletes(ideaID(2)),
-		ann.logsOut("user00001-0"),
-		ann.creates(ideaID(4), "scones", 5),
+		ann.signUp("Ann@example.org"), ann.create(ideaID(1), "tea", 5),
+		bob.signUp("bob@example.org"), bob.create(ideaID(2), "rain", 6),
+		ann.logIn("ann-1", 50), ann.update(ideaID(1), "green tea", 7),
+		ann.create(ideaID(3), "biscuits", 5), bob.remove(ideaID(2)),
+		ann.logOut("user00001-0", 1), ann.create(ideaID(4), "scones", 5),
 	}, {
-		bob.creates(ideaID(5), "sun", 10),
-		ann.deletes(ideaID(3)),
-		ann.creates(ideaID(6), "jam", 8),
-		bob.updates(ideaID(5), "more sun", 10),
-		bob.logsIn("bob-1", 101), // ends the session of the sign-up
-		ann.logsOut("ann-1"),
+		bob.create(ideaID(5), "sun", 10), ann.remove(ideaID(3)), ann.create(ideaID(6), "jam", 8),
+		bob.logIn("bob-1", 101), // ends the session of the sign-up
+		bob.update(ideaID(5), "more sun", 10), ann.logOut("ann-1", 2),
+		ann.update(ideaID(6), "plum jam", 9), ann.create(ideaID(8), "butter", 9), bob.logOut("nothing", 1),
 	}, {
-		ann.deletes(ideaID(1)),
-		carl.signsUp("carl@example.org"),
-		bob.logsOut("bob-1"),
-		bob.deletes(ideaID(5)),
-		carl.creates(ideaID(7), "a boat", 10),
+		ann.remove(ideaID(1)), carl.signUp("carl@example.org"), bob.logOut("bob-1", 3),
+		carl.create(ideaID(7), "a boat", 10), carl.logOut("", 4), bob.remove(ideaID(5)),
+		somebody(4).signUp("dora@example.org"), carl.update(ideaID(7), "two boats", 10), carl.logIn("carl-1", 60),
 	}}
 }
 
-// randomChange may also be one that must be refused: of an idea that is
-// somebody else's or gone, or with an e-mail that is taken.
-func randomChange(r *rand.Rand, l *ledger, newID func() serial) change {
-	p := person(l.users[r.IntN(len(l.users))].ID)
-	id, old := newID(), session{UserID: serial(p)}
-	if len(l.ideas) > 0 && r.IntN(20) > 0 {
-		id = l.ideas[r.IntN(len(l.ideas))].ID
-	}
-	if len(l.sessions) > 0 {
-		old = l.sessions[r.IntN(len(l.sessions))]
-	}
-	l.second += r.Int64N(5)
-	switch n := r.IntN(100); {
-	case n < 5:
-		email := fmt.Sprintf("x%d-%s@example.org", r.IntN(100), l.users[0].ID)
-		if n < 2 {
-			email = strings.ToUpper(email)
+// A fakeDisk knows what a disk holds of a directory. What is not fsynced it may
+// lose: the bytes of a file, and which file has a name.
+type fakeDisk struct {
+	mu            sync.Mutex
+	files         []fakeFile
+	live, durable map[string]int  // which of the files has a name
+	before        func(op string) // called before each operation
+}
+
+type fakeFile struct{ synced, written string }
+
+func newFakeDisk() *fakeDisk {
+	return &fakeDisk{live: make(map[string]int), durable: make(map[string]int), before: func(string) {}}
+}
+
+// after returns the disk as it is after a crash. A kill loses nothing, but what was
+// not fsynced can still be lost.
+func (d *fakeDisk) after(kind string) *fakeDisk {
+	next := &fakeDisk{files: slices.Clone(d.files), live: maps.Clone(d.live), durable: maps.Clone(d.durable)}
+	if kind != "a kill" {
+		next = newFakeDisk()
+		for name, data := range crashes[kind](d) {
+			next.live[name] = len(next.files)
+			next.files = append(next.files, fakeFile{data, data})
 		}
-		return person(newID()).signsUp(email)
-	case n < 20:
-		return p.logsIn(fmt.Sprint(r.Uint64()), l.second)
-	case n < 25:
-		return p.logsOut(old.Key)
-	case n < 30:
-		return person(old.UserID).logsOut(old.Key)
-	case n < 60:
-		return p.creates(newID(), "<é> & \u2028", 1+r.IntN(10))
-	case n < 80:
-		return p.updates(id, "changed", 1+r.IntN(10))
-	default:
-		return p.deletes(id)
+		next.durable = maps.Clone(next.live)
+	}
+	return next
+}
+
+func (d *fakeDisk) step(op, path string, do func() error) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	name := filepath.Base(path)
+	d.before(op + " " + name)
+	if err := do(); err != nil {
+		return err
+	}
+	switch op {
+	case "create":
+		d.live[name] = len(d.files)
+		d.files = append(d.files, fakeFile{})
+	case "rename":
+		d.live[name] = d.live[name+".tmp"]
+		delete(d.live, name+".tmp")
+	}
+	at, isFile := d.live[name]
+	switch {
+	case isFile:
+		d.files[at].written = string(must(os.ReadFile(path)))
+		if op == "sync" || op == "truncate" { // which syncs as well
+			d.files[at].synced = d.files[at].written
+		}
+	case op == "sync": // the directory
+		d.durable = maps.Clone(d.live)
+	}
+	return nil
+}
+
+// left returns what is there under some names: all that was synced, and as much of
+// the rest. What is lost of that becomes zeros, if there are any, before the rest.
+func (d *fakeDisk) left(names map[string]int, kept float64, zero string) files {
+	f := make(files)
+	for name, at := range names {
+		synced := d.files[at].synced
+		rest := strings.TrimPrefix(d.files[at].written, synced)
+		half := int(float64(len(rest)) * kept)
+		if f[name] = synced + rest[:half]; zero != "" {
+			f[name] = synced + strings.Repeat(zero, half) + rest[half:]
+		}
+	}
+	return f
+}
+
+// TestABrokenFileGetsNoMoreBytes has a failed fsync, after which nobody knows what
+// FILE holds, and a failed truncate, which leaves half a line. Then each attempt to
+// heal fails at another operation, the third and the fifth although it happened.
+func TestABrokenFileGetsNoMoreBytes(t *testing.T) {
+	for _, fails := range []string{"sync", "truncate"} {
+		synctest.Test(t, func(t *testing.T) {
+			failing, broken, attempts := false, false, 0
+			s := newTestStore(t, func(op, path string, do func() error) error {
+				if op == "create" {
+					attempts++
+				}
+				isFile := filepath.Base(path) == dataName && op != "rename"
+				switch attempt := fmt.Sprint(attempts, " ", op); {
+				case !failing:
+				case isFile && broken && op != "truncate":
+					t.Errorf("after a failed %s there is a %s", fails, op)
+				case isFile && op == fails:
+					broken = true
+					return errInjected
+				case isFile && op == "write" && fails == "truncate":
+					return halfWrite(path, do)
+				case isFile:
+				case attempt == "3 sync", attempt == "5 rename":
+					do()
+					return errInjected
+				case attempt == "1 create", attempt == "2 write", attempt == "4 rename",
+					attempt == "6 sync" && filepath.Ext(path) != ".tmp": // that of the directory
+					return errInjected
+				}
+				return do()
+			})
+			attempts = 0
+			ann := somebody(1)
+			s.must(ann.signUp("a@example.org"), ann.create(ideaID(1), "tea", 5))
+			failing = true
+			for second := range 6 {
+				for range 50 {
+					wantError(t, "broken", s.commit(ann.update(ideaID(1), "coffee", 5)), errNotSaved)
+					synctest.Wait()
+					wantError(t, "broken", s.check(), errNotSaved)
+					synctest.Wait()
+				}
+				if attempts != second+1 {
+					t.Errorf("%d attempts to heal in %d seconds", attempts, second+1)
+				}
+				s.survivesAKill("meanwhile")
+				time.Sleep(time.Second)
+			}
+			s.check() // it heals in the background
+			synctest.Wait()
+			failing = false
+			wantError(t, "healed", s.check(), nil)
+			s.must(ann.update(ideaID(1), "cocoa", 5))
+			s.survivesAKill("healed")
+			s.restart()
+			s.survivesAKill("restarted")
+		})
 	}
 }
 
-func inJSON(c change) string {
-	data, _ := json.Marshal(c)
-	return string(data)
+// TestAFullDisk rejects every change, and leaves FILE as it was.
+func TestAFullDisk(t *testing.T) {
+	full := false
+	s := newTestStore(t, func(op, path string, do func() error) error {
+		if full && op == "write" {
+			return halfWrite(path, do)
+		}
+		return noSync(op, path, do)
+	})
+	ann := somebody(1)
+	s.must(ann.signUp("a@example.org"), ann.create(ideaID(1), "tea", 5))
+	before := readFiles(t, s.path)
+	full = true
+	check := func(what string, err, want error) {
+		t.Helper()
+		wantError(t, what, err, want)
+		s.agrees(what)
+		if left := readFiles(t, s.path); !maps.Equal(left, before) {
+			t.Errorf("%s leaves %q", what, left)
+		}
+	}
+	for _, c := range ann.everyChange() {
+		check(inJSON(c), s.commit(c), errNotSaved)
+	}
+	check("check", s.check(), errNotSaved)
+	check("a compaction", s.compact(), syscall.ENOSPC)
+	full = false
+	wantError(t, "with room again", s.check(), nil)
+	s.must(ann.create(ideaID(2), "tea", 5))
+	s.survivesAKill("with room again")
+	before = readFiles(t, s.path)
+	full = true
+	check("a stop", s.close(), syscall.ENOSPC)
 }
 
-// A ledger holds what was acknowledged.
-type ledger struct {
-	users    []user
-	sessions []session
-	ideas    []*idea
-	second   int64 // for log-ins
+// TestTheProbeIsTheLargestChange: if there is room for what check writes, there is
+// room for any change.
+func TestTheProbeIsTheLargestChange(t *testing.T) {
+	s := newTestStore(t, noSync)
+	s.failing.Store(true)
+	before := len(s.file())
+	wantError(t, "check", s.check(), nil)
+	probe := len(s.file()) - before
+	id, text := "zzzzzzzzz", strings.Repeat("<", maxContent) // six bytes each
+	i := idea{ID: id, Content: text, Impact: 10, Ease: 10, Confidence: 10, Average: 20. / 3, Created: 1e10}
+	create := &storedIdea{Owner: id, Idea: i, json: must(json.Marshal(i))}
+	u := user{ID: id, Email: strings.Repeat("&", maxEmail), Name: text, Password: dummyHash(defaultCost())}
+	first := &session{Key: hashToken(""), UserID: id, Start: 1e10, Expires: 1e10}
+	for _, c := range []change{{Create: create}, {Update: create}, {User: &u, Session: first}} {
+		if size := len(must(c.appendJSON(nil))); size > probe {
+			t.Errorf("a change may take %d bytes, the probe takes %d", size, probe)
+		}
+	}
 }
 
-// do makes a change, or returns why it must be refused.
-func (l *ledger) do(c change) error {
+// The server in a process of its own:
+
+// TestKillUnderLoad kills the server, in a process of its own, under the load of 16
+// clients, again and again over the same file, and once more while it starts.
+func TestKillUnderLoad(t *testing.T) {
+	rounds, acknowledged := 3, 0
+	if *long {
+		rounds = 60
+	}
+	path, clients := newLoadClients(t)
+	for range rounds {
+		early := startProcess(t, path, nil)
+		time.Sleep(rand.N(60 * time.Millisecond))
+		early.kill()
+
+		p := startProcess(t, path, nil)
+		acknowledged += p.underLoad(t, p.url(t), clients, 100+rand.IntN(2000), os.Kill)
+		if output := p.output(); strings.Contains(output, "DATA RACE") || strings.Contains(output, "panic") {
+			t.Error(output)
+		}
+		s := mustOpen(t, path, nil)
+		checkClients(t, clients, s)
+		abandon(s)
+	}
+	t.Logf("%d acknowledged writes", acknowledged)
+}
+
+// TestTerminateUnderLoad stops the server in the orderly way. Nobody may be reading its
+// log: then requests go on if the reader has gone, and hang if the pipe is full, until
+// the stop ends them after a while.
+func TestTerminateUnderLoad(t *testing.T) {
+	skipWithoutSignals(t)
+	for _, log := range []string{"is read", "has no reader", "is full"} {
+		if log == "is full" && !*long {
+			continue // it takes ten seconds
+		}
+		path, clients := newLoadClients(t)
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		defer w.Close()
+		p, url, writes := startProcess(t, path, w), "", 500
+		for lines := bufio.NewReader(r); url == ""; {
+			url = address.FindString(must(lines.ReadString('\n')))
+		}
+		switch log {
+		case "is read":
+			go io.Copy(io.Discard, r)
+		case "has no reader":
+			r.Close()
+		case "is full":
+			w.Write(make([]byte, 65_000)) // of 64 KiB: there is room for three requests
+			writes = 2
+		}
+		p.underLoad(t, url, clients, writes, syscall.SIGTERM)
+		left := readFiles(t, path)
+		if !p.ProcessState.Success() || len(left) != 1 || !json.Valid([]byte(left[dataName])) {
+			t.Errorf("its log %s: %s, and the stop leaves %.100q, want one document", log, p.ProcessState, left)
+		}
+		checkClients(t, clients, mustOpen(t, path, nil))
+	}
+}
+
+// TestTerminateWhileReading ends a start at once, even if FILE is large.
+func TestTerminateWhileReading(t *testing.T) {
+	skipWithoutSignals(t)
+	path, ann := scratch(t), somebody(1)
+	creates := strings.Repeat(",\n"+inJSON(ann.create(ideaID(1), "tea", 5)), 200_000)
+	before := files{dataName: header + inJSON(ann.signUp("a@example.org")) + creates + "]}"}
+	before.write(t, path)
+	p := startProcess(t, path, nil)
+	for range 20_000 {
+		if _, err := os.Stat(path + ".lock"); err == nil { // it is made before FILE is read
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	p.Process.Signal(syscall.SIGTERM)
+	p.Wait()
+	if state := p.ProcessState.String(); state != "signal: terminated" || !maps.Equal(readFiles(t, path), before) {
+		t.Errorf("%s, or FILE was changed\n%s", state, p.output())
+	}
+}
+
+// TestLogoutSurvivesAKill logs in again in the second of the old login, or soon
+// after: the new token could be the same as the old one.
+func TestLogoutSurvivesAKill(t *testing.T) {
+	path := scratch(t)
+	writeFile(t, path+".pem", rfcKeyPEM())
+	const credentials = `{"email":"a@example.org","name":"Ann","password":"the-Secret-123"}`
+	p := startProcess(t, path, nil)
+	body, _ := send(t, 201, "", "POST", p.url(t)+"/users", credentials)
+	for range 3 {
+		old, refresh := member(body, "jwt"), `{"refresh_token":"`+member(body, "refresh_token")+`"}`
+		send(t, 204, old, "DELETE", p.url(t)+"/access-tokens", refresh)
+		p.kill()
+		p = startProcess(t, path, nil)
+		send(t, 401, old, "GET", p.url(t)+"/me", "")
+		send(t, 400, "", "POST", p.url(t)+"/access-tokens/refresh", refresh)
+		body, _ = send(t, 201, "", "POST", p.url(t)+"/access-tokens", credentials)
+		send(t, 200, member(body, "jwt"), "GET", p.url(t)+"/me", "")
+	}
+}
+
+// TestAPanicEndsTheProcess while a change is applied, as memory may be half changed.
+func TestAPanicEndsTheProcess(t *testing.T) {
+	path := scratch(t)
+	command := exec.Command(os.Args[0], path)
+	command.Env = append(os.Environ(), panicEnv+"=1")
+	output, err := command.CombinedOutput()
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	if !ok || exit.ExitCode() != 2 || !strings.Contains(string(output), "assignment to entry in nil map") {
+		t.Errorf("got %v, want status 2:\n%s", err, output)
+	}
+	compare(t, "the next start", readFiles(t, path).read(t, path), after(somebody(1).signUp("a@example.org")))
+}
+
+// Helpers. First, what people do:
+
+// A person is a user's id, and makes changes.
+type person string
+
+func somebody(n int) person { return person(fmt.Sprintf("user%05d", n)) }
+
+func ideaID(n int) string { return fmt.Sprintf("idea%05d", n) }
+
+func (p person) signUp(email string) change {
+	u := user{ID: string(p), Email: email, Name: "Any Name", Password: "hash"}
+	return change{User: &u, Session: p.logIn(string(p)+"-0", 1).Session}
+}
+
+func (p person) logIn(key string, second int64) change {
+	return change{Session: &session{Key: key, UserID: string(p), Start: second, Expires: second + 100}}
+}
+
+// logOut ends an access token that expires in the year 2100, and so many seconds.
+func (p person) logOut(key string, seconds int64) change {
+	return change{Logout: &logout{tokenID: tokenID{string(p), 4_102_444_800 + seconds}, Key: key}}
+}
+
+func (p person) create(id, content string, impact int) change {
+	i := &storedIdea{Owner: string(p), Idea: idea{ID: id, Content: content, Impact: impact, Ease: 5, Confidence: 5, Created: 1_600_000_000}}
+	if err := i.encode(); err != nil {
+		panic(err)
+	}
+	return change{Create: i}
+}
+
+func (p person) update(id, content string, impact int) change {
+	return change{Update: p.create(id, content, impact).Create}
+}
+
+func (p person) remove(id string) change { return change{Delete: &ideaKey{string(p), id}} }
+
+// everyChange is one of each kind, by somebody with ideaID(1).
+func (p person) everyChange() []change {
+	return []change{
+		p.create(ideaID(2), "tea", 5), p.update(ideaID(1), "coffee", 6), p.remove(ideaID(1)),
+		p.logIn("key", 10), p.logOut(string(p)+"-0", 0), somebody(2).signUp("b@example.org"),
+	}
+}
+
+// randomChange may also be one that must be rejected: of an idea that is somebody
+// else's or gone, or with an e-mail that is taken.
+func randomChange(r *rand.Rand, m *model, newID func() string) change {
+	p := person(m.users[r.IntN(len(m.users))].ID)
+	id, old := newID(), session{UserID: string(p)}
+	if len(m.ideas) > 0 && r.IntN(20) > 0 {
+		id = m.ideas[r.IntN(len(m.ideas))].Idea.ID
+	}
+	if len(m.sessions) > 0 {
+		old = m.sessions[r.IntN(len(m.sessions))]
+	}
+	m.second += r.Int64N(5)
+	switch n := r.IntN(100); {
+	case n < 2:
+		return person(newID()).signUp(fmt.Sprintf("X%d-%s@EXAMPLE.org", r.IntN(100), m.users[0].ID))
+	case n < 5:
+		return person(newID()).signUp(fmt.Sprintf("x%d-%s@example.org", r.IntN(100), m.users[0].ID))
+	case n < 20:
+		return p.logIn(fmt.Sprint(r.Uint64()), m.second)
+	case n < 25:
+		return p.logOut(old.Key, r.Int64N(10))
+	case n < 30:
+		return person(old.UserID).logOut(old.Key, m.second)
+	case n < 60:
+		return p.create(newID(), "<é> & \u2028", 1+r.IntN(10))
+	case n < 80:
+		return p.update(id, "changed", 1+r.IntN(10))
+	default:
+		return p.remove(id)
+	}
+}
+
+func inJSON(c change) string { return string(must(json.Marshal(c))) }
+
+// A model holds what was acknowledged, in lists.
+type model struct {
+	users     []user
+	sessions  []session
+	ideas     []*storedIdea
+	loggedOut []tokenID
+	second    int64 // for logins
+}
+
+// do makes a change, or returns why it must be rejected.
+func (m *model) do(c change) error {
 	switch {
 	case c.User != nil:
-		if slices.ContainsFunc(l.users, func(u user) bool { return strings.EqualFold(u.Email, c.User.Email) }) {
+		if slices.ContainsFunc(m.users, func(u user) bool { return strings.EqualFold(u.Email, c.User.Email) }) {
 			return errEmailTaken
 		}
-		l.users = append(l.users, *c.User)
-		l.sessions = append(l.sessions, *c.Session)
+		m.users = append(m.users, *c.User)
+		m.sessions = append(m.sessions, *c.Session)
 	case c.Session != nil:
-		mine := func(s session) bool { return s.UserID == c.Session.UserID }
-		for {
-			oldest := slices.IndexFunc(l.sessions, mine)
-			if oldest < 0 || count(l.sessions, mine) < 100 && l.sessions[oldest].Expires > c.Session.Start {
-				break
+		isTheirs := func(s session) bool { return s.UserID == c.Session.UserID }
+		var theirs []session
+		for _, s := range m.sessions {
+			if isTheirs(s) && s.Expires > c.Session.Start {
+				theirs = append(theirs, s)
 			}
-			l.sessions = slices.Delete(l.sessions, oldest, oldest+1)
 		}
-		l.sessions = append(l.sessions, *c.Session)
-	case c.LogOut != nil:
-		l.sessions = slices.DeleteFunc(l.sessions, func(s session) bool {
-			return s.Key == c.LogOut.Key && s.UserID == c.LogOut.UserID
+		theirs = append(theirs[max(0, len(theirs)-99):], *c.Session)
+		m.sessions = append(slices.DeleteFunc(m.sessions, isTheirs), theirs...)
+	case c.Logout != nil:
+		m.sessions = slices.DeleteFunc(m.sessions, func(s session) bool {
+			return s.Key == c.Logout.Key && s.UserID == c.Logout.UserID
 		})
+		m.loggedOut = append(m.loggedOut, c.Logout.tokenID)
 	case c.Create != nil:
-		l.ideas = append(l.ideas, c.Create)
-	default:
-		changed := cmp.Or(c.Update, c.Delete)
-		at := slices.IndexFunc(l.ideas, func(i *idea) bool { return i.ID == changed.ID && i.Owner == changed.Owner })
-		if at < 0 {
-			return errNoIdea
+		m.ideas = append(m.ideas, c.Create)
+	case c.Update != nil:
+		if err := m.do(change{Delete: &ideaKey{c.Update.Owner, c.Update.Idea.ID}}); err != nil {
+			return err
 		}
-		l.ideas = slices.Delete(l.ideas, at, at+1)
-		if c.Update != nil {
-			l.ideas = append(l.ideas, c.Update)
+		m.ideas = append(m.ideas, c.Update)
+	case c.Delete != nil:
+		before := len(m.ideas)
+		m.ideas = slices.DeleteFunc(m.ideas, func(i *storedIdea) bool {
+			return i.Idea.ID == c.Delete.ID && i.Owner == c.Delete.Owner
+		})
+		if len(m.ideas) == before {
+			return errNoIdea
 		}
 	}
 	return nil
 }
 
-func count[T any](list []T, is func(T) bool) (n int) {
-	for _, element := range list {
-		if is(element) {
-			n++
-		}
+func (m *model) String() string {
+	var lines []string
+	for _, u := range m.users {
+		lines = append(lines, inWords(u.ID, 0, u))
 	}
-	return n
+	for _, s := range m.sessions {
+		lines = append(lines, inWords(s.UserID, 1, s))
+	}
+	for _, i := range slices.SortedFunc(slices.Values(m.ideas), bestFirst) {
+		lines = append(lines, inWords(i.Owner, 2, string(i.json)))
+	}
+	for _, token := range slices.SortedFunc(slices.Values(m.loggedOut), compareTokens) {
+		lines = append(lines, inWords(token.UserID, 3, token))
+	}
+	return byUser(lines)
 }
 
 // after returns what there is after some changes.
-func after(changes []change) string {
-	var l ledger
+func after(changes ...change) string {
+	var m model
 	for _, c := range changes {
-		l.do(c)
+		m.do(c)
 	}
-	return l.String()
+	return m.String()
 }
 
-func (l *ledger) String() string {
-	sessions, ideas := make(map[serial][]session), make(map[serial][]*idea)
-	for _, s := range l.sessions {
-		sessions[s.UserID] = append(sessions[s.UserID], s)
-	}
-	for _, i := range slices.SortedFunc(slices.Values(l.ideas), bestFirst) {
-		ideas[i.Owner] = append(ideas[i.Owner], i)
-	}
-	return describe(slices.Clone(l.users), sessions, ideas)
-}
-
-func bestFirst(a, b *idea) int {
-	return -cmp.Or(cmp.Compare(a.Average, b.Average), cmp.Compare(a.ID, b.ID))
+func bestFirst(a, b *storedIdea) int {
+	return -cmp.Or(cmp.Compare(a.Idea.Average, b.Idea.Average), cmp.Compare(a.Idea.ID, b.Idea.ID))
 }
 
 // contents asks the store, at rest, for all that it has.
 func contents(s *store) string {
-	users := slices.Collect(maps.Values(s.users))
-	sessions, ideas := make(map[serial][]session), make(map[serial][]*idea)
-	found := 0
-	for n, u := range users {
-		users[n], _ = s.userByEmail(strings.ToUpper(u.Email))
-		for _, key := range s.logIns[u.ID] {
-			session, _, _ := s.session(key)
-			sessions[u.ID] = append(sessions[u.ID], session)
+	var lines []string
+	for id, a := range s.accounts {
+		u, _ := s.userByEmail(strings.ToUpper(a.user.Email))
+		lines = append(lines, inWords(id, 0, u))
+		for _, theirs := range a.sessions {
+			session, u, _ := s.session(theirs.Key)
+			lines = append(lines, inWords(u.ID, 1, session))
 		}
-		ideas[u.ID] = pages(s, u.ID)
-		for _, i := range ideas[u.ID] {
-			if same, err := s.idea(u.ID, i.ID); err == nil && bytes.Equal(same.json, i.json) {
-				found++
+		for _, listed := range pages(s, id) {
+			key := ideaKey{id, listed[len(`{"id":"`):][:9]}
+			if i, err := s.idea(key); err == nil && string(i.json) == listed {
+				lines = append(lines, inWords(i.Owner, 2, listed))
 			}
 		}
-		found += len(sessions[u.ID])
 	}
-	if found != len(s.sessions)+len(s.ideas) || len(s.users) != len(s.emails) {
-		return "the indexes do not agree"
+	for _, token := range slices.SortedFunc(maps.Keys(s.loggedOut), compareTokens) {
+		lines = append(lines, inWords(token.UserID, 3, token))
 	}
-	return describe(users, sessions, ideas)
+	if found := len(s.emails) + len(s.sessions) + len(s.ideas) + len(s.loggedOut); found != len(lines) {
+		lines = append(lines, fmt.Sprintf("the indexes have %d things, not %d", found, len(lines)))
+	}
+	return byUser(lines)
 }
 
-func pages(s *store, owner serial) (all []*idea) {
+func inWords(userID string, kind int, what any) string {
+	return fmt.Sprintf("%s %d %v", userID, kind, what)
+}
+
+// byUser keeps the order of a user's things of one kind, which follows the user's id.
+func byUser(lines []string) string {
+	prefix := len(somebody(0)) + len(" 0")
+	slices.SortStableFunc(lines, func(a, b string) int { return cmp.Compare(a[:prefix], b[:prefix]) })
+	return strings.Join(slices.Compact(lines), "\n")
+}
+
+// pages returns the ideas of a user, in JSON.
+func pages(s *store, owner string) (all []string) {
 	for page := 1; ; page++ {
-		ideas, total := listed(s, owner, page)
-		if all = append(all, ideas...); page*pageSize >= total {
+		list, total := s.pageOfIdeas(owner, page)
+		var ideas []json.RawMessage
+		err := json.Unmarshal(list, &ideas)
+		for _, i := range must(ideas, err) {
+			all = append(all, string(i))
+		}
+		if page*pageSize >= total {
 			return all
 		}
 	}
 }
 
-func listed(s *store, owner serial, page int) (ideas []*idea, total int) {
-	list, total := s.pageOfIdeas(owner, page)
-	var elements []json.RawMessage
-	err := json.Unmarshal(list, &elements)
-	for _, element := range elements {
-		i := &idea{json: element}
-		err = errors.Join(err, json.Unmarshal(element, i))
-		ideas = append(ideas, i)
-	}
-	if err != nil {
-		panic(err)
-	}
-	return ideas, total
-}
-
-func describe(users []user, sessions map[serial][]session, ideas map[serial][]*idea) string {
-	slices.SortFunc(users, func(a, b user) int { return cmp.Compare(a.ID, b.ID) })
-	var text strings.Builder
-	for _, u := range users {
-		fmt.Fprintln(&text, "user", u.ID, u.Email, u.Name, u.Password)
-		for _, s := range sessions[u.ID] {
-			fmt.Fprintln(&text, "  session", s)
-		}
-		for _, i := range ideas[u.ID] {
-			fmt.Fprintf(&text, "  idea %s\n", i.json)
-		}
-	}
-	return text.String()
-}
-
 // compare shows the first lines that differ.
 func compare(t testing.TB, name, got, want string) {
 	t.Helper()
-	if got == want {
-		return
-	}
 	g, w := strings.Split(got, "\n"), strings.Split(want, "\n")
-	n := 0
-	for n < min(len(g), len(w))-1 && g[n] == w[n] {
-		n++
+	for len(g) > 1 && len(w) > 1 && g[0] == w[0] {
+		g, w = g[1:], w[1:]
 	}
-	t.Errorf("%s: line %d of the contents is\n%s\nwant\n%s", name, n+1, g[n], w[n])
+	if got != want {
+		t.Errorf("%s: got\n%s\nwant\n%s", name, g[0], w[0])
+	}
+}
+
+func wantError(t testing.TB, name string, got, want error) {
+	t.Helper()
+	if !errors.Is(got, want) {
+		t.Errorf("%s: got the error %v, want %v", name, got, want)
+	}
 }
 
 // Stores:
 
-// An audited store has a ledger beside it.
-type audited struct {
+// A testStore is a store and the model of it.
+type testStore struct {
 	*store
-	ledger
-	t       testing.TB
-	scratch string
+	model    model
+	t        testing.TB
+	dataPath string
+	scratch  string // another path
 }
 
-// audit starts a store in a new folder.
-func audit(t testing.TB, disk disk) *audited {
+// newTestStore starts a store in a new directory.
+func newTestStore(t testing.TB, disk disk) *testStore {
 	t.Helper()
-	return &audited{store: mustStart(t, scratch(t), disk), t: t, scratch: scratch(t)}
+	path := scratch(t)
+	return &testStore{store: mustStart(t, path, disk), t: t, dataPath: path, scratch: scratch(t)}
 }
 
-// must makes a change and notes it.
-func (a *audited) must(c change) {
-	a.t.Helper()
-	if err := a.commit(c); err != nil {
-		a.t.Fatalf("%s: %v", inJSON(c), err)
+// must makes changes, one after the other, and notes them.
+func (s *testStore) must(changes ...change) {
+	s.t.Helper()
+	for _, c := range changes {
+		wantError(s.t, inJSON(c), cmp.Or(s.commit(c), s.model.do(c)), nil)
 	}
-	a.ledger.do(c)
 }
 
-// performAtOnce makes changes at the same time. In one line, it keeps the disk
-// until all are in the queue, in this order.
-func (a *audited) performAtOnce(inOneLine bool, changes ...change) []error {
-	errs := make([]error, len(changes))
-	if !inOneLine {
-		atOnce(len(changes), func(n int) { errs[n] = a.commit(changes[n]) })
-		return errs
-	}
+// commitInOneLine holds fileMu until all changes are in the queue, in this order.
+func (s *testStore) commitInOneLine(changes ...change) {
+	s.t.Helper()
 	queued := func() int {
-		a.queueMu.Lock()
-		defer a.queueMu.Unlock()
-		return len(a.queue)
+		s.queueMu.Lock()
+		defer s.queueMu.Unlock()
+		return len(s.queue)
 	}
 	var wg sync.WaitGroup
-	a.diskMu.Lock()
+	s.fileMu.Lock()
 	for n, c := range changes {
-		wg.Go(func() { errs[n] = a.commit(c) })
+		wg.Go(func() { wantError(s.t, inJSON(c), s.commit(c), nil) })
 		for queued() <= n {
 			runtime.Gosched()
 		}
 	}
-	a.diskMu.Unlock()
+	s.fileMu.Unlock()
 	wg.Wait()
-	return errs
 }
 
-func (a *audited) agrees(when string) {
-	a.t.Helper()
-	compare(a.t, when, contents(a.store), a.ledger.String())
+func (s *testStore) agrees(when string) {
+	s.t.Helper()
+	compare(s.t, when, contents(s.store), s.model.String())
 }
 
-// survivesAKill looks also what a new store would make of the files.
-func (a *audited) survivesAKill(when string) {
-	a.t.Helper()
-	a.agrees(when)
-	compare(a.t, when+", then a kill", readFiles(a.t, a.path).read(a.t, a.scratch), a.ledger.String())
+// survivesAKill looks also what a new store would make of FILE.
+func (s *testStore) survivesAKill(when string) {
+	s.t.Helper()
+	s.agrees(when)
+	compare(s.t, when+", then a kill", readFiles(s.t, s.dataPath).read(s.t, s.scratch), s.model.String())
 }
 
-func (a *audited) restart() {
-	a.t.Helper()
-	if err := a.close(); err != nil {
-		a.t.Fatal(err)
+func (s *testStore) restart() {
+	s.t.Helper()
+	wantError(s.t, "a stop", s.close(), nil)
+	abandon(s.store)
+	s.store = mustStart(s.t, s.dataPath, s.disk)
+}
+
+func (s *testStore) file() string { return string(must(os.ReadFile(s.dataPath))) }
+
+// compact does it now.
+func (s *testStore) compact() error {
+	s.compacting.Lock()
+	defer s.compacting.Unlock()
+	return s.store.compact()
+}
+
+// compactSoon lets the next change cause a compaction.
+func (s *store) compactSoon() {
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
+	s.journal.count, s.nextCompaction = 1<<30, time.Time{}
+}
+
+// abandon leaves FILE as it is, as the end of a process would.
+func abandon(s *store) {
+	s.fileMu.Lock()
+	closed := s.closed
+	s.closed = true
+	s.fileMu.Unlock()
+	if !closed {
+		s.compacting.Lock() // and nobody else from now on
 	}
-	a.store = mustStart(a.t, a.path, a.disk)
+	s.release()
 }
 
 // mustOpen opens a store that is abandoned at the end of the test.
-func mustOpen(t testing.TB, path string) *store {
-	t.Helper()
-	s, err := openStore(path, quiet)
-	if err != nil {
-		t.Fatal(err)
-	}
+func mustOpen(t testing.TB, path string, disk disk) *store {
+	s := must(openStore(path, disk, quiet))
 	t.Cleanup(func() { abandon(s) })
 	return s
 }
 
-// abandon leaves the files as they are, as the end of a process would.
-func abandon(s *store) {
-	if s.lock.Close() != nil {
-		return // it is closed
-	}
-	s.renewing.Lock() // and nobody else from now on
-	s.journal.Close()
-}
-
 func mustStart(t testing.TB, path string, disk disk) *store {
 	t.Helper()
-	s := mustOpen(t, path)
-	s.disk = disk
-	if err := s.start(); err != nil {
-		t.Fatal(err)
-	}
+	s := mustOpen(t, path, disk)
+	wantError(t, "a start", s.start(), nil)
 	return s
 }
 
@@ -1471,11 +1696,43 @@ func atOnce(n int, do func(n int)) {
 	wg.Wait()
 }
 
-// settle waits for the renew that goes on beside.
-func settle(s *store) {
-	s.renewing.Lock()
-	defer s.renewing.Unlock()
+// BenchmarkStore measures durable creates, with so many clients for each core, and
+// a start.
+func BenchmarkStore(b *testing.B) {
+	ann := somebody(1)
+	for _, clients := range []int{1, 16, 64} {
+		b.Run(fmt.Sprintf("create/clients=%d", clients), func(b *testing.B) {
+			s := mustStart(b, scratch(b), nil)
+			s.commit(ann.signUp("a@example.org"))
+			b.SetParallelism(clients)
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					if err := s.commit(ann.create(s.newID(), "the-content", 8)); err != nil {
+						b.Error(err)
+					}
+				}
+			})
+		})
+	}
+	b.Run("start/ideas=100000", func(b *testing.B) {
+		s := mustStart(b, scratch(b), noSync)
+		s.commit(ann.signUp("a@example.org"))
+		atOnce(100, func(int) {
+			for range 1000 {
+				s.commit(ann.create(s.newID(), "the-content", 8))
+			}
+		})
+		s.close()
+		abandon(s)
+		for b.Loop() {
+			must(openStore(s.path, nil, quiet)).release()
+		}
+	})
 }
+
+// Disks:
+
+var errInjected = errors.New("injected")
 
 // noSync spares the tests that are not about it the time of an fsync.
 func noSync(op, _ string, do func() error) error {
@@ -1485,119 +1742,50 @@ func noSync(op, _ string, do func() error) error {
 	return do()
 }
 
-// weigh adds up the bytes of all writes.
-func weigh(written *atomic.Int64) disk {
-	return func(op, path string, do func() error) error {
-		if op != "write" {
-			return do()
-		}
-		before, _ := os.Stat(path)
-		err := do()
-		after, _ := os.Stat(path)
-		written.Add(after.Size() - before.Size())
-		return err
-	}
-}
-
 // halfWrite is a write that ends as the disk is full.
 func halfWrite(path string, do func() error) error {
-	before, _ := os.Stat(path)
+	before := must(os.Stat(path)).Size()
 	if err := do(); err != nil {
 		return err
 	}
-	after, _ := os.Stat(path)
-	os.Truncate(path, (before.Size()+after.Size())/2)
+	os.Truncate(path, (before+must(os.Stat(path)).Size())/2)
 	return syscall.ENOSPC
 }
 
-// chain returns the files of a store that was killed while it compacted, so
-// that two journals continue FILE, and what there was before them and after
-// each of their lines.
-func chain(t *testing.T) (left files, states []string) {
-	var fail atomic.Bool
-	a := audit(t, func(op, path string, do func() error) error {
-		if op == "rename" && fail.Load() {
-			return errInjected
-		}
-		return noSync(op, path, do)
-	})
-	ann, bob := somebody(1), somebody(2)
-	a.must(ann.signsUp("a@example.org"))
-	a.must(bob.signsUp("b@example.org"))
-	a.must(ann.creates(ideaID(1), "tea", 5))
-	a.must(bob.creates(ideaID(2), "rain", 6))
-	err := a.start()
-	for _, line := range [][]change{
-		{},
-		{ann.creates(ideaID(3), "scones", 7)},
-		{bob.logsIn("key", 10), ann.deletes(ideaID(3))},
-		{bob.updates(ideaID(2), "snow", 8)},
-	} {
-		a.performAtOnce(true, line...)
-		states = append(states, contents(a.store))
-	}
-	fail.Store(true)
-	if failed := a.start(); err != nil || failed == nil {
-		t.Fatal(err, failed)
-	}
-	a.must(bob.deletes(ideaID(2)))
-	return readFiles(t, a.path), append(states, contents(a.store))
-}
+// Files:
 
-// short is a chain with one journal.
-func short(t *testing.T) (left files, lines, states []string) {
-	left, states = chain(t)
-	delete(left, journal3)
-	return left, slices.Collect(strings.Lines(left[journal2])), states
-}
+const dataName = "pool.json"
 
-// scratch is the path of a FILE in a folder of its own.
-func scratch(t testing.TB) string { return filepath.Join(t.TempDir(), snapshotName) }
+// scratch is the path of a FILE in a directory of its own.
+func scratch(t testing.TB) string { return filepath.Join(t.TempDir(), dataName) }
 
-// files are FILE and its journals, by name.
+// files are FILE and FILE.tmp, by name.
 type files map[string]string
-
-const (
-	snapshotName = "pool.json"
-	journal2     = snapshotName + ".journal.00000002"
-	journal3     = snapshotName + ".journal.00000003"
-)
 
 func readFiles(t testing.TB, path string) files {
 	t.Helper()
 	f := make(files)
-	paths, _ := filepath.Glob(filepath.Join(filepath.Dir(path), snapshotName+"*"))
-	for _, path := range paths {
-		if filepath.Ext(path) == ".lock" {
-			continue
+	for _, path := range []string{path, path + ".tmp"} {
+		if data, err := os.ReadFile(path); !errors.Is(err, fs.ErrNotExist) {
+			f[filepath.Base(path)] = string(must(data, err))
 		}
-		data, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		f[filepath.Base(path)] = string(data)
 	}
 	return f
 }
 
-// write makes a folder hold these files. It writes over what is there, as to
-// make a file takes 25 times as long.
+// write makes a directory hold these files. It writes over what is there, as to make
+// a file takes 25 times as long.
 func (f files) write(t testing.TB, path string) {
 	t.Helper()
-	for name := range readFiles(t, path) {
-		if _, ok := f[name]; !ok {
-			os.Remove(filepath.Join(filepath.Dir(path), name))
+	for _, path := range []string{path, path + ".tmp"} {
+		data, exists := f[filepath.Base(path)]
+		if !exists {
+			os.Remove(path)
+			continue
 		}
-	}
-	for name, data := range f {
-		file, err := os.OpenFile(filepath.Join(filepath.Dir(path), name), os.O_WRONLY|os.O_CREATE, 0o600)
-		if err == nil {
-			_, err = file.WriteString(data)
-			err = errors.Join(err, file.Truncate(int64(len(data))), file.Close())
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		file := must(os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o600))
+		_, err := file.WriteString(data)
+		wantError(t, path, errors.Join(err, file.Truncate(int64(len(data))), file.Close()), nil)
 	}
 }
 
@@ -1605,300 +1793,278 @@ func (f files) write(t testing.TB, path string) {
 func (f files) read(t testing.TB, path string) string {
 	t.Helper()
 	f.write(t, path)
-	s, err := openStore(path, quiet)
+	s, err := openStore(path, nil, quiet)
 	if err != nil {
 		return err.Error()
 	}
-	defer s.lock.Close()
+	defer s.release()
 	return contents(s)
 }
 
-// refused reports a store that opens, or an error without a text, or a change
-// of the files.
-func (f files) refused(t *testing.T, path, name, text string) {
+// rejected reports a store that opens, or an error without a text, or a change of the
+// files.
+func (f files) rejected(t *testing.T, path, name, text string) {
 	t.Helper()
 	f.write(t, path)
-	s, err := openStore(path, quiet)
+	s, err := openStore(path, nil, quiet)
 	if err == nil {
-		s.lock.Close()
+		s.release()
 		t.Errorf("%s: is accepted", name)
-	} else if !strings.Contains(err.Error(), text) {
-		t.Errorf("%s: error %q is without %q", name, err, text)
+	} else if !strings.Contains(err.Error(), text) || strings.Contains(err.Error(), "\n") {
+		t.Errorf("%s: got the error %q, want one line with %q", name, err, text)
 	}
 	if !maps.Equal(readFiles(t, path), f) {
 		t.Errorf("%s: the files were changed", name)
 	}
 }
 
-// edit is what somebody does by hand who knows that crc32c must go.
-func (f files) edit(old, new string) {
-	text := strings.Replace(f[snapshotName], old, new, 1)
-	f[snapshotName] = regexp.MustCompile(`,\n"crc32c":"\w+"`).ReplaceAllString(text, "")
+// example returns a FILE, value by value, and what there is after the snapshot and
+// after each later line.
+func example(t *testing.T, more ...change) (values, states []string) {
+	s := newTestStore(t, noSync)
+	ann, bob := somebody(1), somebody(2)
+	s.must(ann.signUp("a@example.org"), bob.signUp("b@example.org"))
+	s.must(ann.create(ideaID(1), "tea", 5), bob.create(ideaID(2), "rain", 6), ann.logOut("", 0))
+	s.must(more...)
+	s.restart()
+	for _, line := range [][]change{
+		{},
+		{ann.create(ideaID(3), "scones", 7)},
+		{bob.logIn("key", 10), ann.remove(ideaID(3))},
+		{bob.update(ideaID(2), "snow", 8), bob.logOut("key", 1)},
+		{bob.remove(ideaID(2))},
+	} {
+		s.commitInOneLine(line...)
+		states = append(states, contents(s.store))
+	}
+	return regexp.MustCompile(`(?s).*?"crc32c":"\w{8}"}\n`).FindAllString(s.file(), -1), states
 }
 
-// A platter is what a disk holds of a folder. What is not fsynced it may lose:
-// the bytes of a file, and the coming and going of names.
-type platter struct {
-	mu            sync.Mutex
-	live, durable map[string]*platterFile
-	before        func(op string) // called before each operation
+// header begins a FILE, and is followed by changes.
+const header = `{"format":2,"last_id":"0","changes":[` + "\n"
+
+// laterLine is what follows the snapshot, without its end.
+func laterLine(c change) string { return `{"changes":[` + inJSON(c) + "]" }
+
+// withChecksums makes a FILE of values that lack their ends.
+func withChecksums(values ...string) string {
+	var file strings.Builder
+	sum, castagnoli := uint32(0), crc32.MakeTable(crc32.Castagnoli)
+	for _, value := range values {
+		sum = crc32.Update(sum, castagnoli, []byte(value))
+		fmt.Fprintf(&file, "%s,\"crc32c\":\"%08x\"}\n", value, sum)
+	}
+	return file.String()
 }
 
-type platterFile struct{ synced, written string }
-
-func newPlatter(f files) *platter {
-	p := &platter{live: make(map[string]*platterFile), before: func(string) {}}
-	for name, data := range f {
-		p.live[name] = &platterFile{data, data}
-	}
-	p.durable = maps.Clone(p.live)
-	return p
-}
-
-func (p *platter) step(op, path string, do func() error) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	name := filepath.Base(path)
-	p.before(op + " " + name)
-	if err := noSync(op, path, do); err != nil {
-		return err
-	}
-	switch {
-	case op == "create" && p.live[name] == nil:
-		p.live[name] = new(platterFile)
-	case op == "rename":
-		p.live[name] = p.live[name+".tmp"]
-		delete(p.live, name+".tmp")
-	case op == "remove":
-		delete(p.live, name)
-	case op == "sync" && p.live[name] == nil: // the folder
-		p.durable = maps.Clone(p.live)
-	}
-	f := p.live[name]
-	if f == nil {
-		return nil
-	}
-	data, err := os.ReadFile(path)
-	f.written = string(data)
-	if op == "sync" {
-		f.synced = f.written
-	}
-	return err
-}
-
-// left is what is left if of each file as much is kept.
-func left(names map[string]*platterFile, keep func(synced, written string) string) files {
-	f := make(files)
-	for name, file := range names {
-		f[name] = keep(file.synced, file.written)
-	}
-	return f
+// copyFile copies in small steps, as cp does.
+func copyFile(t *testing.T, from, to string) {
+	in, out := must(os.Open(from)), must(os.Create(to))
+	_, err := io.CopyBuffer(struct{ io.Writer }{out}, struct{ io.Reader }{in}, make([]byte, 4096))
+	wantError(t, "cp", errors.Join(err, in.Close(), out.Close()), nil)
 }
 
 // Other processes:
 
-const serveEnv = "IDEAPOOL_TEST_SERVE"
+const (
+	serveEnv = "IDEAPOOL_TEST_SERVE"
+	panicEnv = "IDEAPOOL_TEST_PANIC"
+)
 
-// TestMain lets the test binary be the server, for the tests that kill it, and
-// the client of the benchmarks.
+// TestMain lets the test binary be the server, for the tests that kill it.
 func TestMain(m *testing.M) {
-	if os.Getenv(serveEnv) != "" {
+	switch {
+	case os.Getenv(serveEnv) != "":
 		main()
-		os.Exit(0)
+	case os.Getenv(panicEnv) != "":
+		panicInApply(os.Args[1])
+	default:
+		os.Exit(m.Run())
 	}
-	if config := os.Getenv(loadEnv); config != "" {
-		var l load
-		json.Unmarshal([]byte(config), &l)
-		l.run()
-	}
-	os.Exit(m.Run())
 }
 
-// A child is the server in a process of its own.
-type child struct {
+// panicInApply recovers a panic, as net/http would.
+func panicInApply(path string) {
+	defer func() { recover() }()
+	s := must(openStore(path, nil, quiet))
+	err := s.start()
+	s.accounts = nil
+	fmt.Println(cmp.Or(err, s.commit(somebody(1).signUp("a@example.org"))))
+}
+
+// A process is the server in a process of its own.
+type process struct {
 	*exec.Cmd
-	stderr string // a file
+	log string // a file
 }
 
-func startChild(t *testing.T, path string) *child {
+// startProcess starts the server. Its log goes to a file if there is no other.
+func startProcess(t *testing.T, path string, log *os.File) *process {
 	t.Helper()
-	stderr, err := os.CreateTemp(t.TempDir(), "stderr")
-	if err != nil {
+	if log == nil {
+		log = must(os.CreateTemp(t.TempDir(), "log"))
+		defer log.Close()
+	}
+	p := &process{exec.Command(os.Args[0], "-addr", "127.0.0.1:0", "-data", path, "-key", path+".pem"), log.Name()}
+	p.Env, p.Stderr = append(os.Environ(), serveEnv+"=1"), log
+	if err := p.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer stderr.Close()
-	key := filepath.Join(filepath.Dir(path), "key.pem")
-	c := &child{exec.Command(os.Args[0], "-quiet", "-addr", "127.0.0.1:0", "-data", path, "-key", key), stderr.Name()}
-	c.Env = append(os.Environ(), serveEnv+"=1")
-	c.Stderr = stderr
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
+	t.Cleanup(p.kill)
+	return p
+}
+
+// rfcKeyPEM spares the server the making of a key.
+func rfcKeyPEM() []byte { return pemText("PRIVATE KEY", must(x509.MarshalPKCS8PrivateKey(rfcKey()))) }
+
+// symlink fails on Windows, where not everybody may create links.
+func symlink(target, path string) error {
+	if runtime.GOOS == "windows" {
+		return errors.ErrUnsupported
 	}
-	t.Cleanup(c.kill)
-	return c
+	return os.Symlink(target, path)
 }
 
-func (c *child) said() string {
-	data, _ := os.ReadFile(c.stderr)
-	return string(data)
+func skipWithoutSignals(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("there are no signals")
+	}
 }
 
-func (c *child) kill() {
-	c.Process.Kill() // fails if it has exited
-	c.Wait()
+func (p *process) output() string { return string(must(os.ReadFile(p.log))) }
+
+func (p *process) kill() {
+	p.Process.Kill() // fails if it has exited
+	p.Wait()
 }
 
-// url waits until the child serves.
-func (c *child) url(t *testing.T) string {
-	address := regexp.MustCompile(`Idea Pool is at (\S+)\n`)
-	for range 10_000 {
-		if found := address.FindStringSubmatch(c.said()); found != nil {
-			return found[1]
+var address = regexp.MustCompile(`http://127\.[0-9.:]+`)
+
+// url waits until the process serves.
+func (p *process) url(t *testing.T) string {
+	t.Helper()
+	for range 20_000 {
+		if output := p.output(); strings.Contains(output, "curl") { // the whole welcome
+			return address.FindString(output)
 		}
 		time.Sleep(time.Millisecond)
 	}
-	t.Fatalf("has not started: %s", c.said())
+	t.Fatalf("has not started: %s", p.output())
 	return ""
 }
 
-// underLoad has everybody at work until, after so many acknowledged writes,
-// the server is sent a signal. It returns how many there were at last.
-func (c *child) underLoad(t *testing.T, all []*visitor, writes int, end os.Signal) int {
+// underLoad has all clients at work until, after so many acknowledged writes, the
+// server gets a signal. It returns how many there were at last.
+func (p *process) underLoad(t *testing.T, url string, clients []*loadClient, writes int, end os.Signal) int {
 	var acknowledged atomic.Int64
-	url := c.url(t)
-	atOnce(len(all), func(n int) {
-		for all[n].change(t, url) {
+	atOnce(len(clients), func(n int) {
+		for clients[n].change(t, url) {
 			if acknowledged.Add(1) == int64(writes) {
-				time.AfterFunc(rand.N(3*time.Millisecond), func() { c.Process.Signal(end) })
+				time.AfterFunc(rand.N(3*time.Millisecond), func() { p.Process.Signal(end) })
 			}
 		}
 	})
 	if t.Failed() {
 		t.FailNow()
 	}
-	c.Wait() // how it ended is in its ProcessState
+	p.Wait() // how it ended is in its ProcessState
 	return int(acknowledged.Load())
 }
 
-// A visitor is a client who remembers what was answered.
-type visitor struct {
-	user     user
-	newcomer bool // signs up and logs in only; a hash takes its time
-	count    int  // of all that was asked
-	jwt      string
-	tokens   []string          // refresh tokens that are good
-	ended    []string          // and those that are not any more
-	ideas    map[string]string // by id, as they were answered
-	open     *request          // what was not answered
+// A loadClient is a user who remembers the responses. They have logged in a few times.
+type loadClient struct {
+	person
+	login    int               // the one in use; those before it ended
+	ended    []int             // logins, with a response
+	ideas    map[string]string // by id, in JSON
+	underWay string            // the id of a change without a response, "new", or ""
 }
 
-// A request is to change an idea.
-type request struct {
-	id   string // empty for a new one
-	sent string // empty for a deletion
+const logins = 6
+
+// tokens returns the access and the refresh token of a login, and what the store has
+// of them.
+func (c *loadClient) tokens(login int) (access, refresh string, ends logout) {
+	refresh = fmt.Sprint(c.person, login)
+	ends = *c.logOut(hashToken(refresh), int64(login)).Logout
+	access = must(newTokens(rfcKey()).sign(claims{UserID: ends.UserID, Expires: ends.Expires}))
+	return access, refresh, ends
 }
 
-// crowd makes 16 visitors, and the files of a store that knows them, so that
-// no hashes need to be computed first.
-func crowd(t *testing.T) (path string, all []*visitor) {
-	a := audit(t, noSync)
+// newLoadClients makes 16 clients, and a FILE that knows them, so that no hashes
+// need to be computed first.
+func newLoadClients(t *testing.T) (path string, clients []*loadClient) {
+	s := newTestStore(t, noSync)
+	writeFile(t, s.dataPath+".pem", rfcKeyPEM())
 	for n := range 16 {
-		u := user{ID: a.newID(), Email: fmt.Sprintf("%d@example.org", n), Name: "V", Password: noPassword}
-		v := &visitor{user: u, newcomer: n == 0, ideas: make(map[string]string)}
-		for range maxSessions {
-			token, now := fmt.Sprintf("%d-%d", n, len(v.tokens)), time.Now()
-			c := change{Session: &session{Key: keyOf(token), UserID: u.ID, Start: now.Unix(), Expires: now.Add(time.Hour).Unix()}}
-			if len(v.tokens) == 0 {
-				c.User = &u
-			}
-			a.must(c)
-			v.tokens = append(v.tokens, token)
+		c := &loadClient{person: person(s.newID()), ideas: make(map[string]string)}
+		s.must(c.signUp(fmt.Sprintf("%d@example.org", n)))
+		for login := range logins {
+			_, _, ends := c.tokens(login)
+			s.must(change{Session: &session{Key: ends.Key, UserID: ends.UserID, Start: 1, Expires: 1e10}})
 		}
-		all = append(all, v)
+		clients = append(clients, c)
 	}
-	if err := a.close(); err != nil {
-		t.Fatal(err)
-	}
-	return a.path, all
+	s.restart()
+	abandon(s.store)
+	return s.dataPath, clients
 }
 
-// change makes one and notes the answer. It returns false if none came.
-func (v *visitor) change(t *testing.T, url string) bool {
-	v.count++
-	var id string // of any idea
-	for id = range v.ideas {
-		break
-	}
-	// As long as can be, so that the store compacts in between.
-	sent := fmt.Sprintf(`"content":"%d %s","impact":%d,"ease":%d,"confidence":%d`,
-		v.count, strings.Repeat(`\u003c`, 240), 1+rand.IntN(10), 1+rand.IntN(10), 1+rand.IntN(10))
-	var answer string
-	ok := v.jwt != ""
-	if !ok {
-		answer, ok = v.ask(t, 200, "POST", url+"/access-tokens/refresh", `{"refresh_token":"`+v.tokens[0]+`"}`)
-		v.jwt = member(answer, "jwt")
-	}
-	switch n := rand.IntN(20); {
-	case !ok:
-	case v.newcomer:
-		credentials := fmt.Sprintf(`{"email":"%d.%s","name":"N","password":"the-Secret-123"}`, v.count, v.user.Email)
-		for _, path := range []string{"/users", "/access-tokens"} {
-			if answer, ok = v.ask(t, 201, "POST", url+path, credentials); ok {
-				v.tokens = append(v.tokens, member(answer, "refresh_token"))
-			}
+// change makes a request and notes the response. It returns false if none came.
+func (c *loadClient) change(t *testing.T, url string) (ok bool) {
+	access, refresh, _ := c.tokens(c.login)
+	n := rand.IntN(100)
+	if n < 5 && c.login < logins-1 {
+		if _, ok = send(t, 204, access, "DELETE", url+"/access-tokens?refresh_token="+refresh, ""); ok {
+			c.ended = append(c.ended, c.login)
 		}
-	case n == 0 && len(v.tokens) > 1:
-		last := len(v.tokens) - 1
-		token := v.tokens[last]
-		v.tokens = v.tokens[:last]
-		if _, ok = v.ask(t, 204, "DELETE", url+"/access-tokens?refresh_token="+token, ""); ok {
-			v.ended, v.jwt = append(v.ended, token), ""
-		}
+		c.login++
+		return ok
+	}
+	var id, response string
+	for id = range c.ideas { // any
+	}
+	c.underWay = cmp.Or(id, "new")
+	body := fmt.Sprintf(`{"content":"%d","impact":5,"ease":5,"confidence":5}`, rand.Uint64())
+	switch {
+	case id != "" && n < 25:
+		_, ok = send(t, 204, access, "DELETE", url+"/ideas/"+id, "")
+	case id != "" && n < 50, len(c.ideas) > 10: // few ideas, so that the store compacts early
+		response, ok = send(t, 200, access, "PUT", url+"/ideas/"+id, body)
 	default:
-		v.open = &request{id, sent}
-		switch {
-		case n < 10 || id == "":
-			v.open.id = ""
-			answer, ok = v.ask(t, 201, "POST", url+"/ideas", "{"+sent+"}")
-		case n < 16:
-			answer, ok = v.ask(t, 200, "PUT", url+"/ideas/"+id, "{"+sent+"}")
-		default:
-			v.open.sent = ""
-			answer, ok = v.ask(t, 204, "DELETE", url+"/ideas/"+id, "")
-		}
-		if ok {
-			delete(v.ideas, v.open.id)
-			if v.open = nil; answer != "" {
-				v.ideas[member(answer, "id")] = answer
-			}
-		}
+		id, c.underWay = "", "new"
+		response, ok = send(t, 201, access, "POST", url+"/ideas", body)
+	}
+	if ok {
+		c.underWay = ""
+		delete(c.ideas, id)
+	}
+	if ok && response != "" {
+		c.ideas[member(response, "id")] = response
 	}
 	return ok
 }
 
-// ask returns an answer if it comes, and comes whole.
-func (v *visitor) ask(t *testing.T, status int, method, url, body string) (answer string, ok bool) {
-	r, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
-	if err != nil {
-		t.Error(err)
-		return "", false
-	}
-	r.Header.Set("X-Access-Token", v.jwt)
-	got, err := visitors.Do(r)
+// send returns the body of a response if it comes, and comes whole.
+func send(t *testing.T, status int, access, method, url, body string) (response string, ok bool) {
+	t.Helper()
+	r := must(http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body)))
+	r.Header.Set("X-Access-Token", access)
+	got, err := loadTransport.RoundTrip(r)
 	if err != nil {
 		return "", false
 	}
 	defer got.Body.Close()
 	data, err := io.ReadAll(got.Body)
 	if err == nil && got.StatusCode != status {
-		t.Errorf("%s %s: %d, want %d: %s", method, url, got.StatusCode, status, data)
+		t.Errorf("%s %s: got %d, want %d: %s", method, url, got.StatusCode, status, data)
 	}
 	return string(data), err == nil && got.StatusCode == status
 }
 
-var visitors = http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 16}}
+var loadTransport = &http.Transport{MaxIdleConnsPerHost: 16}
 
-// member returns one of a JSON object that is text.
+// member returns a member of a JSON object that is text.
 func member(object, name string) string {
 	var members map[string]any
 	json.Unmarshal([]byte(object), &members)
@@ -1906,47 +2072,32 @@ func member(object, name string) string {
 	return text
 }
 
-// checkAll compares what there is with the answers. What was not answered may
+// checkClients compares what there is with the responses. What had no response may
 // have happened, wholly, or not.
-func checkAll(t *testing.T, all []*visitor, s *store) {
+func checkClients(t *testing.T, clients []*loadClient, s *store) {
 	t.Helper()
-	for id := range s.users {
-		if len(s.logIns[id]) == 0 {
-			t.Errorf("user %s is there in part: without the session of the sign-up", id)
-		}
-	}
-	for _, v := range all {
-		for _, token := range v.tokens {
-			if _, _, ok := s.session(keyOf(token)); !ok {
-				t.Errorf("a session of %s is lost", v.user.Email)
+	for _, c := range clients {
+		for login := range logins {
+			_, _, ends := c.tokens(login)
+			_, _, session := s.session(ends.Key)
+			_, active := s.activeUser(ends.tokenID)
+			if slices.Contains(c.ended, login) && (session || active) || login >= c.login && !(session && active) {
+				t.Errorf("login %d of %s, which ended %v: it has a session (%t) and a token (%t)", login, c.person, c.ended, session, active)
 			}
 		}
-		for _, token := range v.ended {
-			if _, _, ok := s.session(keyOf(token)); ok {
-				t.Errorf("a session of %s has come back", v.user.Email)
-			}
-		}
-		list := pages(s, v.user.ID)
 		there := make(map[string]string)
-		for _, i := range list {
-			there[i.ID.String()] = string(i.json)
-		}
-		if !slices.IsSortedFunc(list, bestFirst) || len(there) != len(list) {
-			t.Errorf("the list of %s is out of order, or has something twice", v.user.Email)
-		}
-		ids := slices.Concat(slices.Collect(maps.Keys(v.ideas)), slices.Collect(maps.Keys(there)))
-		for _, id := range ids {
-			was, is, open := v.ideas[id], there[id], v.open
-			switch {
-			case is == was:
-			case open != nil && (open.id == id || open.id == "" && was == "") &&
-				(open.sent == "") == (is == "") && strings.Contains(is, open.sent):
-				v.ideas[id] = is
-				v.open = nil // it happened, and not a second time
-			default:
-				t.Errorf("an idea of %s is\n%s\nwas answered as\n%s\nand then asked\n%v", v.user.Email, is, was, open)
+		for _, text := range pages(s, string(c.person)) {
+			id := member(text, "id")
+			if there[id] = text; c.ideas[id] == "" && c.underWay == "new" {
+				c.underWay = id
 			}
 		}
-		v.ideas, v.open = there, nil
+		got, want := maps.Clone(there), c.ideas
+		delete(got, c.underWay)
+		delete(want, c.underWay)
+		if !maps.Equal(got, want) {
+			t.Errorf("%s has the ideas %v, want %v", c.person, got, want)
+		}
+		c.ideas, c.underWay = there, ""
 	}
 }
