@@ -608,7 +608,9 @@ func (s *store) start() error {
 	if s.journal == nil {
 		return nil
 	}
-	defer func() { go debug.FreeOSMemory() }() // loading leaves much garbage
+	if s.journal.size > 1<<20 {
+		defer func() { go debug.FreeOSMemory() }() // loading leaves much garbage
+	}
 	s.compacting.Lock()
 	defer s.compacting.Unlock()
 	if s.journal.clean {
