@@ -367,6 +367,45 @@ func TestTemporaryFilesAreNew(t *testing.T) {
 	}
 }
 
+// TestRivals has eight people sign up with one e-mail at once, and then updates of an
+// idea arrive together with two deletes of it: one of each wins.
+func TestRivals(t *testing.T) {
+	s := newTestStore(t, noSync)
+	compete := func(loss error, rivals ...change) {
+		t.Helper()
+		var winner atomic.Pointer[change]
+		atOnce(len(rivals), func(n int) {
+			err := s.commit(rivals[n])
+			if err == nil && rivals[n].Update == nil && winner.Swap(&rivals[n]) != nil {
+				t.Error("two rivals won")
+			} else if err != nil && !errors.Is(err, loss) {
+				t.Error(err)
+			}
+		})
+		if winner.Load() == nil {
+			t.Fatal("nobody won")
+		}
+		s.model.do(*winner.Load())
+		s.survivesAKill("after rivals")
+	}
+	for n := range 30 {
+		email := fmt.Sprintf("someone%d@example.org", n)
+		var signUps []change
+		for range 4 {
+			signUps = append(signUps, person(s.newID()).signUp(email), person(s.newID()).signUp(strings.ToUpper(email)))
+		}
+		compete(errEmailTaken, signUps...)
+
+		id, p := s.newID(), person(s.model.users[n].ID)
+		s.must(p.create(id, "tea", 5))
+		update := func() change { return p.update(id, "coffee", 6) }
+		compete(errNoIdea, update(), p.remove(id), update(), update(), p.remove(id), update())
+		if err := s.commit(update()); !errors.Is(err, errNoIdea) {
+			t.Errorf("an update after the delete: %v", err)
+		}
+	}
+}
+
 // TestManyAtOnceDuringCompactions has eight people change what is theirs, each
 // with a model, while others read and the store compacts all the time.
 func TestManyAtOnceDuringCompactions(t *testing.T) {
