@@ -764,15 +764,11 @@ func (j *journal) write(line []byte) error {
 		}
 		j.broken = true
 	}
-	truncate := func() error {
-		if err := j.file.Truncate(j.size); err != nil {
-			return err
-		}
-		return j.file.Sync()
+	cutErr := j.disk.do("truncate", j.path, func() error { return j.file.Truncate(j.size) })
+	if cutErr == nil {
+		cutErr = j.disk.do("sync", j.path, j.file.Sync)
 	}
-	if j.disk.do("truncate", j.path, truncate) != nil {
-		j.broken = true
-	}
+	j.broken = j.broken || cutErr != nil
 	return err
 }
 
