@@ -216,7 +216,8 @@ func TestAStopLeavesOneDocument(t *testing.T) {
 }
 
 // TestABackup copies FILE while 16 people write and the store compacts all the
-// time. At last it puts a copy back.
+// time. A copy holds what was acknowledged, and nothing that nobody wrote. At last
+// one is put back.
 func TestABackup(t *testing.T) {
 	s := newTestStore(t, noSync)
 	var mu sync.Mutex
@@ -241,24 +242,68 @@ func TestABackup(t *testing.T) {
 			}
 		})
 	}
-	path, state := scratch(t), ""
+	path, states := scratch(t), []string(nil)
 	for ; copies.Load() < 10; copies.Add(1) {
 		mu.Lock()
 		before := slices.Clone(acknowledged)
 		mu.Unlock()
 		copyFile(t, s.dataPath, path)
+		checkValues(t, path)
 		backup := mustStart(t, path, noSync)
 		for _, key := range before {
 			_, err := backup.idea(key)
 			wantError(t, "an idea that was there before the copy", err, nil)
 		}
-		state = contents(backup)
+		states = append(states, contents(backup))
 		abandon(backup)
 	}
 	writers.Wait()
+	all := make(map[string]bool)
+	for line := range strings.Lines(contents(s.store)) {
+		all[line] = true
+	}
+	for _, state := range states {
+		for line := range strings.Lines(state) {
+			if !all[line] {
+				t.Errorf("a copy holds what nobody wrote: %s", line)
+			}
+		}
+	}
 	abandon(s.store)
 	copyFile(t, path, s.dataPath)
-	compare(t, "with a copy in place of FILE", contents(mustStart(t, s.dataPath, noSync)), state)
+	compare(t, "with a copy in place of FILE", contents(mustStart(t, s.dataPath, noSync)), states[len(states)-1])
+}
+
+// checkValues reads a file as jq does. The copy may end within a line.
+func checkValues(t testing.TB, path string) {
+	t.Helper()
+	dec := json.NewDecoder(bytes.NewReader(must(os.ReadFile(path))))
+	var err error
+	for value := any(nil); err == nil; {
+		err = dec.Decode(&value)
+	}
+	if err != io.EOF && err != io.ErrUnexpectedEOF {
+		t.Errorf("FILE is not a sequence of JSON values: %v", err)
+	}
+}
+
+// TestMemoryOfALogout keeps less than 100 bytes of each access token.
+func TestMemoryOfALogout(t *testing.T) {
+	const logouts, limit = 100_000, 100
+	m := newMemory()
+	wantError(t, "a sign-up", m.apply(somebody(1).signUp("a@example.org")), nil)
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	for n := range logouts {
+		wantError(t, "a logout", m.apply(somebody(1).logOut("", int64(n))), nil)
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	if each := (int64(after.HeapAlloc) - int64(before.HeapAlloc)) / logouts; each > limit {
+		t.Errorf("got %d bytes of memory for each logout, want at most %d", each, limit)
+	}
+	runtime.KeepAlive(m)
 }
 
 // TestFilesThatCannotBe has anything but a damaged file in the place of FILE.
@@ -850,6 +895,42 @@ func TestACrashLosesNothing(t *testing.T) {
 		p.play("")
 		p.fake.before("the end")
 	})
+}
+
+// TestACrashUnderManyClients lets eight clients share lines and compactions, and looks
+// before every file operation at what each kind of crash would leave.
+func TestACrashUnderManyClients(t *testing.T) {
+	fake := newFakeDisk()
+	s := newTestStore(t, func(op, path string, do func() error) error {
+		return fake.step(op, path, func() error { return noSync(op, path, do) })
+	})
+	var acknowledged []string // guarded by fake.mu, which is held during an operation
+	fake.before = func(op string) {
+		for kind, crash := range crashes {
+			left := crash(fake).read(t, s.scratch)
+			for _, id := range acknowledged {
+				if !strings.Contains(left, id) {
+					t.Errorf("before %s, %s: the acknowledged idea %s is lost", op, kind, id)
+				}
+			}
+		}
+	}
+	var clients sync.WaitGroup
+	for n := range 8 {
+		p := somebody(n)
+		clients.Go(func() {
+			wantError(t, "a sign-up", s.commit(p.signUp(string(p)+"@example.org")), nil)
+			for range 5 {
+				id := s.newID()
+				wantError(t, "a create", s.commit(p.create(id, "tea", 5)), nil)
+				fake.mu.Lock()
+				acknowledged = append(acknowledged, id)
+				fake.mu.Unlock()
+				s.compactSoon()
+			}
+		})
+	}
+	clients.Wait()
 }
 
 // TestAFailureAtAnyOperation lets the n-th operation of the script fail, for all n,
