@@ -768,7 +768,9 @@ func (j *journal) write(line []byte) error {
 	if cutErr == nil {
 		cutErr = j.disk.do("sync", j.path, j.file.Sync)
 	}
-	j.broken = j.broken || cutErr != nil
+	if cutErr != nil {
+		j.broken = true
+	}
 	return err
 }
 
