@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -787,29 +788,31 @@ func (j *journal) close() {
 	}
 }
 
-// read calls use with the changes of each line, in JSON and separated by commas. It
-// drops an incomplete last line, which was never acknowledged. It returns the
-// last id of the snapshot, or errNoChecksum for a file that was edited by hand.
+// read calls use with the changes of each line, in JSON and separated by commas,
+// which are valid until use returns. It drops an incomplete last line, which was
+// never acknowledged. It returns the last id of the snapshot, or errNoChecksum for
+// a file that was edited by hand.
 func (j *journal) read(use func(changes []byte, line int)) (lastID string, err error) {
-	r := bufio.NewReaderSize(j.file, 1<<16)
-	header, _ := readLine(r)
-	fmt.Sscanf(string(header), headerFormat, &lastID)
-	if string(header) != fmt.Sprintf(headerFormat+"\n", lastID) {
+	info, err := j.file.Stat()
+	if err != nil {
+		return "", err
+	}
+	lines := bufio.NewScanner(j.file)
+	lines.Buffer(make([]byte, 1<<16), math.MaxInt)
+	lines.Split(scanWholeLine)
+	lines.Scan()
+	fmt.Sscanf(lines.Text(), headerFormat, &lastID)
+	header := fmt.Sprintf(headerFormat+"\n", lastID)
+	if lines.Text() != header {
 		return "", errNoChecksum
 	}
-	j.sum, j.size = crc32.Checksum(header, castagnoli()), int64(len(header))
+	j.sum, j.size = crc32.Checksum([]byte(header), castagnoli()), int64(len(header))
 
 	inSnapshot := true
-	for number := 2; ; number++ {
-		line, err := readLine(r)
-		switch {
-		case err == io.EOF && inSnapshot:
-			return "", errNoChecksum
-		case err == io.EOF:
-			return lastID, nil
-		case err != nil:
-			return "", err
-		case !inSnapshot && isTorn(line, r):
+	for number := 2; lines.Scan(); number++ {
+		line := lines.Bytes()
+		isLast := j.size+int64(len(line)) == info.Size()
+		if isLast && !inSnapshot && isTorn(line) {
 			j.torn, j.clean = number, false
 			return lastID, nil
 		}
@@ -828,34 +831,28 @@ func (j *journal) read(use func(changes []byte, line int)) (lastID string, err e
 		text = bytes.TrimPrefix(text, []byte(`{"changes":[`))
 		use(bytes.TrimSuffix(text, []byte("]")), number)
 	}
+	if err = lines.Err(); err == nil && inSnapshot {
+		err = errNoChecksum
+	}
+	return lastID, err
 }
 
-// readLine returns the next line with its line end, if it has one, or io.EOF. The
-// line is valid until r is used again: a copy of each would make a start a tenth
-// slower.
-func readLine(r *bufio.Reader) ([]byte, error) {
-	line, err := r.ReadSlice('\n')
-	if err == bufio.ErrBufferFull {
-		var rest []byte
-		line = bytes.Clone(line)
-		rest, err = r.ReadBytes('\n')
-		line = append(line, rest...)
+// scanWholeLine is like [bufio.ScanLines], but keeps the line end, which the
+// checksum covers.
+func scanWholeLine(data []byte, atEOF bool) (advance int, line []byte, err error) {
+	if end := bytes.IndexByte(data, '\n'); end >= 0 {
+		return end + 1, data[:end+1], nil
 	}
-	if err == io.EOF && len(line) > 0 {
-		err = nil
+	if atEOF && len(data) > 0 {
+		return len(data), data, nil
 	}
-	return line, err
+	return 0, nil, nil
 }
 
-// isTorn reports whether a line is the last one and did not reach the disk as a
-// whole: it has no line end, or zeros in place of a block that was lost.
-func isTorn(line []byte, r *bufio.Reader) bool {
-	lost := bytes.HasPrefix(line, []byte{0}) || bytes.Contains(line, []byte{0, 0})
-	if !lost && bytes.HasSuffix(line, []byte("\n")) {
-		return false // before Peek, which makes the line invalid
-	}
-	_, err := r.Peek(1)
-	return err == io.EOF
+// isTorn reports whether the last line did not reach the disk as a whole: it has no
+// line end, or zeros in place of a block that was lost.
+func isTorn(line []byte) bool {
+	return !bytes.HasSuffix(line, []byte("\n")) || line[0] == 0 || bytes.Contains(line, []byte{0, 0})
 }
 
 // cutChecksum splits a line before its checksum, if it has one.
