@@ -35,7 +35,7 @@ type session struct {
 }
 
 // A tokenID identifies an access token: those of one user that expire in the same
-// second are identical.
+// second count as one.
 type tokenID struct {
 	UserID  string `json:"user"`
 	Expires int64  `json:"exp"` // seconds since 1970
@@ -45,8 +45,8 @@ func compareTokens(a, b tokenID) int {
 	return cmp.Or(cmp.Compare(a.UserID, b.UserID), cmp.Compare(a.Expires, b.Expires))
 }
 
-// A logout ends an access token and, if it belongs to the same user, the session
-// with a key.
+// A logout ends an access token, and the session with this key if it belongs to
+// the same user.
 type logout struct {
 	tokenID
 	Key string `json:"key,omitempty"`
@@ -57,7 +57,7 @@ var (
 	errRefreshToken = errors.New("the refresh token is unknown, expired or logged out")
 	errThrottled    = errors.New("too many failed logins")
 	errBusy         = errors.New("too many people are logging in or signing up right now; please try again")
-	errNoToken      = errors.New("too many logouts in a short time; please try again")
+	errNoExpiry     = errors.New("too many logouts in a short time; please try again")
 )
 
 // refresh responds to POST /access-tokens/refresh. A bad refresh token is a 400,
@@ -148,12 +148,12 @@ func (s *server) newAccessToken(u user) (string, error) {
 	now := time.Now()
 	expires, ok := s.store.freeExpiry(u.ID, now.Unix(), now.Add(s.accessTTL).Unix())
 	if !ok {
-		return "", errNoToken
+		return "", errNoExpiry
 	}
 	return s.tokens.sign(claims{Expires: expires, UserID: u.ID, Email: u.Email, Name: u.Name})
 }
 
-// hashToken returns what the store knows of a refresh token. It needs no salt:
+// hashToken returns what the store keeps of a refresh token. It needs no salt:
 // nobody can try all values of 50 random bytes.
 func hashToken(refreshToken string) string {
 	sum := sha256.Sum256([]byte(refreshToken))
@@ -434,8 +434,8 @@ func (s *store) session(key string) (session, user, bool) {
 	return session{}, user{}, false
 }
 
-// freeExpiry returns the latest second after now, and at most latest, that is not
-// the expiry of a logged-out token of the user.
+// freeExpiry returns the last second after now and up to latest in which no
+// logged-out token of the user expires.
 func (s *store) freeExpiry(userID string, now, latest int64) (expires int64, ok bool) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()

@@ -232,11 +232,11 @@ func TestBodyLimit(t *testing.T) {
 // each request are valid.
 func TestFields(t *testing.T) {
 	const (
-		control    = "must not hold control characters or U+FFFD"
+		control    = "must not contain control characters or U+FFFD"
 		badToken   = "400 the refresh token is unknown, expired or logged out"
 		badScore   = "422 impact must be an integer from 1 to 10"
 		tooLong    = "must be at most 255 characters long"
-		emailTaken = "409 there is a user with this e-mail already" // the fields are valid
+		emailTaken = "409 this e-mail is already registered" // the fields are valid
 	)
 	bodies := map[string]string{
 		"POST /users":                 jacksSignUp,
@@ -346,7 +346,7 @@ func TestFullDisk(t *testing.T) {
 		{"GET /me", "", "200"}, // the logout has ended nothing
 		{"POST /access-tokens/refresh", `{"refresh_token":"$refresh"}`, "200"},
 		{"GET /healthz", "", notSaved},
-		{"POST /users", jacksSignUp, "409 there is a user with this e-mail already"}, // such changes do not get as far as the disk
+		{"POST /users", jacksSignUp, "409 this e-mail is already registered"}, // such changes do not get as far as the disk
 		{"PUT /ideas/000000000", anIdea, "404 you have no such idea"},
 		{"DELETE /ideas/000000000", "", "404 you have no such idea"},
 	} {
@@ -627,7 +627,7 @@ func TestFailingHandlers(t *testing.T) {
 	}
 }
 
-// TestRecorder tests that handlers can do what net/http lets them do: flush, and
+// TestFlushAndAbort tests that handlers can do what net/http lets them do: flush, and
 // break off a response.
 func TestFlushAndAbort(t *testing.T) {
 	s, w := newTestServer(t), httptest.NewRecorder()
@@ -795,7 +795,7 @@ func TestBadStarts(t *testing.T) {
 	stop()
 	const (
 		usage     = "invalid usage: "
-		badOrigin = usage + `-cors-origin ".*" is not what a browser sends; give '[*]', none, or an origin such as https://example.org`
+		badOrigin = usage + `-cors-origin ".*" is not an origin as browsers send it; give '[*]', none, or one such as https://example.org`
 		badTime   = usage + "-access-ttl and -refresh-ttl must be 1s or more"
 		sameFile  = usage + "-key names one of the files of -data; choose another name"
 	)
@@ -820,13 +820,13 @@ func TestBadStarts(t *testing.T) {
 		{"-key garbage.tmp -data link", sameFile},
 
 		{"-addr " + busy.Addr().String(), "-addr " + busy.Addr().String() + ": listen tcp .*; choose another address"},
-		{"-key garbage", "-key garbage: is not PEM.*"},
-		{"-key blocked.tmp", "-key blocked.tmp: is not a regular file.*"},
-		{"-key fifo", "-key fifo: is not a regular file.*"},
+		{"-key garbage", "-key garbage: not a PEM file.*"},
+		{"-key blocked.tmp", "-key blocked.tmp: not a regular file.*"},
+		{"-key fifo", "-key fifo: not a regular file.*"},
 		{"-key missing/key.pem -data ideas", "-key missing/key.pem: .*; check that .*"},
-		{"-data garbage", "-data garbage: is damaged.*"},
-		{"-data blocked.tmp", "-data blocked.tmp: is not a regular file.*"},
-		{"-data fifo", "-data fifo: is not a regular file.*"},
+		{"-data garbage", "-data garbage: damaged.*"},
+		{"-data blocked.tmp", "-data blocked.tmp: not a regular file.*"},
+		{"-data fifo", "-data fifo: not a regular file.*"},
 		{"-data missing/data", "-data missing/data: .*; check that .*"},
 		{"-data blocked", "-data blocked: .*; check that .*"},
 	} {
@@ -858,7 +858,7 @@ func readDirectory() map[string]string {
 	return files
 }
 
-// TestFlags tests defaults, help, exit status, and what is printed at a start.
+// TestFlagsAndOutput tests defaults, help, exit status, and what is printed at a start.
 func TestFlagsAndOutput(t *testing.T) {
 	o, err := parseFlags(nil, io.Discard)
 	if want := (options{"localhost:8080", "ideapool.json", "ideapool.pem", 10 * time.Minute, 720 * time.Hour, "*", false}); err != nil || o != want {

@@ -159,7 +159,7 @@ func readKey(path string) (*rsa.PrivateKey, error) {
 	}
 	block, _ := pem.Decode(data)
 	if block == nil {
-		return nil, errors.New("is not PEM; choose another file, or remove it to have a key made")
+		return nil, errors.New("not a PEM file; choose another file, or remove it to have a key made")
 	}
 	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {
@@ -168,9 +168,9 @@ func readKey(path string) (*rsa.PrivateKey, error) {
 	private, ok := key.(*rsa.PrivateKey)
 	switch {
 	case err != nil || !ok:
-		return nil, errors.New("is not an unencrypted RSA private key; choose another file")
+		return nil, errors.New("not an unencrypted RSA private key; choose another file")
 	case private.N.BitLen() < minKeyBits:
-		return nil, fmt.Errorf("has only %d bits; choose a key of %d or more", private.N.BitLen(), minKeyBits)
+		return nil, fmt.Errorf("only %d bits; choose a key of %d or more", private.N.BitLen(), minKeyBits)
 	}
 	return private, nil
 }

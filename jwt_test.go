@@ -337,10 +337,10 @@ func TestReadKey(t *testing.T) {
 			bytes.ReplaceAll(pkcs8(key), []byte("\n"), []byte("\r\n")),
 			append([]byte("Idea Pool\n"), pkcs8(key)...),
 		},
-		"has only 1024 bits; choose":                       {pkcs8(small), pemText("RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(small))},
-		"has only 2047 bits; choose a key of 2048 or more": {pkcs8(must(rsa.GenerateKey(rand.Reader, 2047)))},
-		"is not PEM": {nil, []byte("correct horse\n"), must(x509.MarshalPKCS8PrivateKey(key)), pkcs8(key)[:800]},
-		"is not an unencrypted RSA private key": {
+		"only 1024 bits; choose":                       {pkcs8(small), pemText("RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(small))},
+		"only 2047 bits; choose a key of 2048 or more": {pkcs8(must(rsa.GenerateKey(rand.Reader, 2047)))},
+		"not a PEM file":                               {nil, []byte("correct horse\n"), must(x509.MarshalPKCS8PrivateKey(key)), pkcs8(key)[:800]},
+		"not an unencrypted RSA private key": {
 			pemText("ENCRYPTED PRIVATE KEY", []byte(decode(strip(encryptedPKCS8)))), pem.EncodeToMemory(locked),
 			pkcs8(ec), pemText("EC PRIVATE KEY", must(x509.MarshalECPrivateKey(ec))), pkcs8(ed),
 			pemText("CERTIFICATE", certificate), pemText("RSA PRIVATE KEY", damaged),

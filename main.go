@@ -178,7 +178,7 @@ func (o options) check() error {
 	case min(o.accessTTL, o.refreshTTL) < time.Second:
 		return errors.New("-access-ttl and -refresh-ttl must be 1s or more")
 	case o.corsOrigin != "*" && o.corsOrigin != "none" && !isOrigin(o.corsOrigin):
-		return fmt.Errorf("-cors-origin %q is not what a browser sends; give '*', none, or an origin such as https://example.org", o.corsOrigin)
+		return fmt.Errorf("-cors-origin %q is not an origin as browsers send it; give '*', none, or one such as https://example.org", o.corsOrigin)
 	}
 	return nil
 }
@@ -213,15 +213,15 @@ func realPath(name string) (string, error) {
 func isRegular(name string) error {
 	info, err := os.Stat(name)
 	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("is not a regular file (its mode is %s); choose another one", info.Mode())
+		err = fmt.Errorf("not a regular file (its mode is %s); choose another one", info.Mode())
 	}
 	return err
 }
 
 var (
 	originShape = regexp.MustCompile(`^([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[1-9][0-9]*)?$`)
-	// A host whose last label is a number is an IPv4 address, says
-	// https://url.spec.whatwg.org/#ends-in-a-number-checker.
+	// Browsers read a host as an IPv4 address if its last label is a number
+	// (https://url.spec.whatwg.org/#ends-in-a-number-checker).
 	numericHost = regexp.MustCompile(`(^|\.)([0-9]+|0x[0-9a-f]*)\.?$`)
 )
 
@@ -263,7 +263,7 @@ func printWarnings(logger *slog.Logger, o options, s *store) {
 	}
 	for _, name := range []string{o.key, o.data} {
 		if name != "" && !isPrivate(name) {
-			logger.Warn("other users can read this file, with its secrets; run chmod 600 on it", "file", name)
+			logger.Warn("this file holds secrets and other users can read it; run chmod 600 on it", "file", name)
 		}
 	}
 }
@@ -410,7 +410,7 @@ func cleanPath(r *http.Request) *http.Request {
 	}
 	clean := path.Clean("/" + escaped)
 	u, copied := *r.URL, *r
-	u.Path, _ = url.PathUnescape(clean) // it was escaped well
+	u.Path, _ = url.PathUnescape(clean) // EscapedPath is always valid
 	u.RawPath = clean
 	copied.URL = &u
 	return &copied
@@ -523,7 +523,7 @@ func (s *server) noRoute(w http.ResponseWriter, r *http.Request) error {
 	return errMethod
 }
 
-// headersOnly is a ResponseWriter that drops the rest.
+// headersOnly is a ResponseWriter that keeps nothing but the headers.
 type headersOnly http.Header
 
 func (h headersOnly) Header() http.Header         { return http.Header(h) }
@@ -580,7 +580,7 @@ func statusOf(err error) int {
 		return http.StatusUnsupportedMediaType
 	case is(errThrottled):
 		return http.StatusTooManyRequests
-	case is(errBusy), is(errNoToken), is(errNotSaved):
+	case is(errBusy), is(errNoExpiry), is(errNotSaved):
 		return http.StatusServiceUnavailable
 	}
 	if _, ok := errors.AsType[fieldErrors](err); ok {

@@ -95,8 +95,8 @@ type change struct {
 
 var (
 	errNotSaved     = errors.New("cannot save changes right now; please try again")
-	errInconsistent = errors.New("is invalid or contradicts earlier changes")
-	errLocked       = errors.New("is in use by another process; stop that process first")
+	errInconsistent = errors.New("invalid, or contradicts earlier changes")
+	errLocked       = errors.New("in use by another process; stop that process first")
 )
 
 func newMemory() memory {
@@ -109,12 +109,12 @@ func newMemory() memory {
 	}
 }
 
-// check returns errNotSaved if the last change could not be saved and a change
-// still cannot. It writes a probe that is
-// larger than any real change.
+// check returns errNotSaved if changes cannot be saved. After a failure it tries
+// again, with a probe that is larger than any real change: JSON takes up to six
+// bytes for a byte of a request.
 func (s *store) check() error {
 	if s.failing.Load() {
-		return s.commit(change{Probe: strings.Repeat("-", 4<<10)})
+		return s.commit(change{Probe: strings.Repeat("-", 6*maxBody)})
 	}
 	return nil
 }
@@ -160,8 +160,8 @@ func (s *store) commit(c change) error {
 	first := len(s.queue) == 1
 	s.queueMu.Unlock()
 	if first {
-		// In a goroutine of its own a panic ends the process. In that of a handler,
-		// net/http would recover it and go on with a memory that is half changed.
+		// A panic in a separate goroutine ends the process. In that of a handler,
+		// net/http would recover it and go on with memory that is half changed.
 		go s.commitQueue()
 	}
 	return <-p.done
@@ -534,9 +534,9 @@ func (b *batch) decode() {
 
 func decodeError(err error) error {
 	if _, field, ok := strings.Cut(err.Error(), "unknown field "); ok { // there is no type for it
-		return fmt.Errorf("has the unknown field %s; use the newer version of ideapool that wrote it, or correct it", field)
+		return fmt.Errorf("unknown field %s; use the newer version of ideapool that wrote it, or correct it", field)
 	}
-	return fmt.Errorf("is damaged: %w; restore a backup, or correct it if you edited it", err)
+	return fmt.Errorf("damaged: %w; restore a backup, or correct it if you edited it", err)
 }
 
 func (s *store) applyBatches(batches <-chan *batch) (err error) {
@@ -577,21 +577,21 @@ func (s *store) loadEdited() error {
 	_, end := dec.Token()
 	switch { // the format first: another version may have other fields
 	case len(bytes.TrimSpace(data)) == 0:
-		return errors.New("is empty; restore a backup, or remove it to start over")
+		return errors.New("empty; restore a backup, or remove it to start over")
 	case doc.Format == 1:
-		return errors.New("has format 1: an older version of ideapool wrote it, which this one cannot read; choose another path")
+		return errors.New("format 1, from an older version of ideapool, which this one cannot read; choose another path")
 	case doc.Format > 2:
-		return fmt.Errorf("has format %d: a newer version of ideapool wrote it; use that one", doc.Format)
+		return fmt.Errorf("format %d, from a newer version of ideapool; use that version", doc.Format)
 	case err != nil:
 		return decodeError(err)
 	case doc.Format != 2:
-		return errors.New("is not a data file of ideapool; choose another path")
+		return errors.New("not a data file of ideapool; choose another path")
 	case doc.CRC32C != "":
 		return errDamaged
 	case end != io.EOF:
-		return errors.New("has something after its first document; restore a backup (and stop the server before you edit the file)")
+		return errors.New("something follows the first document; restore a backup (and stop the server before you edit the file)")
 	case doc.LastID != "" && doc.LastID != "0" && !idShape.MatchString(doc.LastID):
-		return fmt.Errorf("has the last_id %q; correct it, or remove it", doc.LastID)
+		return fmt.Errorf("the last_id %q is invalid; correct it, or remove it", doc.LastID)
 	}
 	s.memory = newMemory()
 	s.loading = true
@@ -676,8 +676,8 @@ type journal struct {
 }
 
 var (
-	errDamaged    = errors.New("is damaged: a checksum does not match; restore a backup (or remove crc32c, if you edited the file)")
-	errNoChecksum = errors.New("has no checksum")
+	errDamaged    = errors.New("damaged: a checksum does not match; restore a backup (or remove crc32c, if you edited the file)")
+	errNoChecksum = errors.New("no checksum")
 )
 
 const (

@@ -312,14 +312,14 @@ func TestFilesThatCannotBe(t *testing.T) {
 		return func(path string) error { return os.WriteFile(path, []byte(data), 0o600) }
 	}
 	const empty = `{"format":2,"last_id":"0","changes":[` + "\n\n]"
-	const regular, newer, foreign = "is not a regular file", "use the newer version", "is not a data file of ideapool; choose another path"
+	const regular, newer, foreign = "not a regular file", "use the newer version", "not a data file of ideapool; choose another path"
 	for _, test := range []struct {
 		name   string
 		create func(path string) error
 		error  string
 	}{
-		{"empty", content(""), "is empty; restore a backup, or remove it"},
-		{"blank", content("\n\n"), "is empty; restore a backup, or remove it"},
+		{"empty", content(""), "empty; restore a backup, or remove it"},
+		{"blank", content("\n\n"), "empty; restore a backup, or remove it"},
 		{"of format 1", content(`{"format":1,"store":"x","users":[],"crc32c":"00000000"}`), "an older version"},
 		{"of format 3", content(`{"format":3,"pages":[]}`), "a newer version"},
 		{"of format 3 in lines", content(withChecksums(strings.Replace(empty, "2", "3", 1), `{"changes":[7]`)), "a newer version"},
@@ -327,9 +327,9 @@ func TestFilesThatCannotBe(t *testing.T) {
 		{"with an unknown kind of change", content(withChecksums(empty, `{"changes":[{"archive":{}}]`)), newer},
 		{"an object", content("{}"), foreign},
 		{"null", content("null"), foreign},
-		{"an array", content("[]"), "is damaged"},
+		{"an array", content("[]"), "damaged"},
 		{"JSON of something else", content(`{"foo":1}`), "foo"},
-		{"text", content("Dear diary"), "is damaged"},
+		{"text", content("Dear diary"), "damaged"},
 		{"a directory", func(path string) error { return os.Mkdir(path, 0o700) }, regular},
 		{"a named pipe", func(path string) error { return exec.Command("mkfifo", path).Run() }, regular},
 		{"a device", func(path string) error { return symlink(os.DevNull, path) }, regular},
@@ -739,14 +739,14 @@ func TestHandEdits(t *testing.T) {
 		compare(t, name+", after the start", readFiles(t, path).read(t, scratch(t)), test.want)
 	}
 
-	const tea, damage, invalid = `"tea","impact":5`, "is damaged", "the id, the content or a score is invalid"
+	const tea, damage, invalid = `"tea","impact":5`, "damaged", "the id, the content or a score is invalid"
 	for name, test := range map[string]struct{ file, error string }{
 		"a score, with crc32c":         {strings.Replace(values[0], tea, `"tea","impact":8`, 1), "remove crc32c"},
 		"indented, with crc32c":        {indented(values[0]), "remove crc32c"},
 		"a later line":                 {plain + values[1], damage},
-		"something behind it":          {plain + "{}", "something after its first document"},
+		"something behind it":          {plain + "{}", "something follows the first document"},
 		"a missing comma":              {edit("},\n", "}\n"), damage},
-		"an unknown field":             {edit(`"content"`, `"mood":7,"content"`), `has the unknown field "mood"`},
+		"an unknown field":             {edit(`"content"`, `"mood":7,"content"`), `unknown field "mood"`},
 		"score 12":                     {edit(tea, `"tea","impact":12`), invalid},
 		"score 0":                      {edit(tea, `"tea","impact":0`), invalid},
 		"score 5.5":                    {edit(tea, `"tea","impact":5.5`), "5.5"},

@@ -35,7 +35,7 @@ type user struct {
 	Password string `json:"password"` // a hash, see hashPassword
 }
 
-var errEmailTaken = errors.New("there is a user with this e-mail already")
+var errEmailTaken = errors.New("this e-mail is already registered")
 
 // signUp responds to POST /users.
 func (s *server) signUp(w http.ResponseWriter, r *http.Request) error {
@@ -134,7 +134,7 @@ func (m *memory) addUser(u user, first *session) error {
 		return errEmailTaken
 	}
 	if m.accounts[u.ID] != nil || !idShape.MatchString(u.ID) || !isEmail(u.Email) {
-		return fmt.Errorf("user %q %w", u.ID, errInconsistent)
+		return fmt.Errorf("user %q: %w", u.ID, errInconsistent)
 	}
 	a := &account{user: u}
 	m.accounts[u.ID], m.emails[email] = a, a
@@ -287,7 +287,7 @@ func (in *input) check(name, s string, length, limit int, unit string) {
 		return r == utf8.RuneError || unicode.IsControl(r) && !strings.ContainsRune("\t\n\r", r)
 	}
 	if strings.ContainsFunc(s, unwanted) {
-		in.reject(name, "must not hold control characters or U+FFFD")
+		in.reject(name, "must not contain control characters or U+FFFD")
 	}
 }
 
