@@ -36,7 +36,7 @@ type tokens struct {
 	key *rsa.PrivateKey
 
 	mu sync.RWMutex
-	// verified remembers good tokens: to verify a signature costs more than the rest
+	// verified remembers good tokens: verifying a signature costs more than the rest
 	// of a request.
 	verified map[string]claims
 }

@@ -114,7 +114,7 @@ func open(o options, logger *slog.Logger) (key *rsa.PrivateKey, s *store, err er
 	return key, s, nil
 }
 
-// explain adds to an error of the system what to do about it.
+// explain adds advice to an error of the system.
 func explain(err error) error {
 	_, isPath := errors.AsType[*fs.PathError](err)
 	_, isLink := errors.AsType[*os.LinkError](err)
@@ -134,8 +134,8 @@ type options struct {
 
 var errUsage = errors.New("invalid usage")
 
-// parseFlags reads the command line. It returns errUsage if that is wrong, and
-// flag.ErrHelp after printing the help.
+// parseFlags reads the command line. It returns errUsage if the command line is
+// invalid, and flag.ErrHelp after printing the help.
 func parseFlags(args []string, stderr io.Writer) (options, error) {
 	var o options
 	flags := flag.NewFlagSet("ideapool", flag.ContinueOnError)
@@ -145,7 +145,7 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	flags.StringVar(&o.key, "key", "ideapool.pem", "sign tokens with the RSA key in `file` (PEM), which is created on the first start")
 	flags.DurationVar(&o.accessTTL, "access-ttl", 10*time.Minute, "how long an access token is valid")
 	flags.DurationVar(&o.refreshTTL, "refresh-ttl", 30*24*time.Hour, "how long a refresh token is valid")
-	flags.StringVar(&o.corsOrigin, "cors-origin", "*", "allow web pages of this `origin`, such as https://example.org; '*' allows all, none allows none")
+	flags.StringVar(&o.corsOrigin, "cors-origin", "*", "allow web pages from this `origin`, such as https://example.org; '*' allows all, none allows none")
 	flags.BoolVar(&o.quiet, "quiet", false, "log failures only")
 
 	err := flags.Parse(args)
@@ -174,7 +174,7 @@ func (o options) check() error {
 	case o.key == "":
 		return errors.New("-key is empty; give the name of a file")
 	case o.data != "" && slices.Contains([]string{"", ".tmp", ".lock"}, strings.TrimPrefix(absolute(o.key), absolute(o.data))):
-		return errors.New("-key names one of the files of -data; choose another name")
+		return errors.New("-key is one of the files that -data uses; choose another name")
 	case min(o.accessTTL, o.refreshTTL) < time.Second:
 		return errors.New("-access-ttl and -refresh-ttl must be 1s or more")
 	case o.corsOrigin != "*" && o.corsOrigin != "none" && !isOrigin(o.corsOrigin):
@@ -195,7 +195,7 @@ func absolute(name string) string {
 }
 
 // realPath follows symbolic links. It rejects what is not a regular file before
-// anything is opened: to open a named pipe blocks.
+// anything is opened: opening a named pipe blocks.
 func realPath(name string) (string, error) {
 	directory, err := filepath.EvalSymlinks(filepath.Dir(name))
 	if err != nil {
@@ -328,7 +328,8 @@ func newServer(o options, key *rsa.PrivateKey, store *store, logger *slog.Logger
 	return s
 }
 
-// routes is the API, in the order of its document.
+// routes lists the API in the order of testdata/api/document.txt, and then what
+// that does not have.
 func (s *server) routes() {
 	s.handle("POST /access-tokens/refresh", s.refresh)
 	s.handle("POST /access-tokens", s.logIn)

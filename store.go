@@ -334,7 +334,7 @@ func (s *store) compact() error {
 		os.Remove(s.path + ".tmp")
 		return err
 	}
-	old.close() // outside the lock: to free the blocks of a large file takes time
+	old.close() // outside the lock: freeing the blocks of a large file takes time
 	return nil
 }
 
@@ -343,9 +343,9 @@ func (s *store) moveTo(next *journal) error {
 	if err := next.append(s.collected); err != nil {
 		return err
 	}
-	next.file.Close()
-	if runtime.GOOS == "windows" { // which renames no open file, nor onto one
-		s.journal.close()
+	next.file.Close() // Windows cannot rename an open file
+	if runtime.GOOS == "windows" {
+		s.journal.close() // nor replace one
 	}
 	wasBroken := s.journal.broken
 	s.journal.broken = true // it must get no more changes
