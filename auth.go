@@ -284,13 +284,11 @@ func dummyHash(cost argonCost) string { return formatHash(cost, make([]byte, 16)
 // matches computes the hash again, with the salt and the cost of the old one.
 func matches(password, hash string) bool {
 	var cost argonCost
-	parts := strings.Split(hash, "$") // "", argon2id, v=19, the cost, salt, sum
-	if len(parts) != 6 {
-		return false
-	}
-	_, err1 := fmt.Sscanf(parts[3], "m=%d,t=%d,p=%d", &cost.memory, &cost.passes, &cost.threads)
-	salt, err2 := base64.RawStdEncoding.DecodeString(parts[4])
-	if err1 != nil || err2 != nil || cost.passes < 1 || cost.threads < 1 {
+	var saltAndSum string
+	fmt.Sscanf(hash, "$argon2id$v=19$m=%d,t=%d,p=%d$%s", &cost.memory, &cost.passes, &cost.threads, &saltAndSum)
+	encodedSalt, _, _ := strings.Cut(saltAndSum, "$")
+	salt, err := base64.RawStdEncoding.DecodeString(encodedSalt)
+	if err != nil || cost.passes < 1 || cost.threads < 1 { // argon2.IDKey would panic
 		return false
 	}
 	again := argonHash(password, salt, cost)

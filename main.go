@@ -168,12 +168,15 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 
 func (o options) check() error {
 	_, port, err := net.SplitHostPort(o.addr)
+	key, keyErr := realPath(o.key)
+	data, dataErr := realPath(o.data)
+	shared := keyErr == nil && dataErr == nil && slices.Contains([]string{data, data + ".tmp", data + ".lock"}, key)
 	switch {
 	case err != nil, port == "":
 		return fmt.Errorf("-addr %q needs a host and a port, such as localhost:8080", o.addr)
 	case o.key == "":
 		return errors.New("-key is empty; give the name of a file")
-	case o.data != "" && slices.Contains([]string{"", ".tmp", ".lock"}, strings.TrimPrefix(absolute(o.key), absolute(o.data))):
+	case shared:
 		return errors.New("-key is one of the files that -data uses; choose another name")
 	case min(o.accessTTL, o.refreshTTL) < time.Second:
 		return errors.New("-access-ttl and -refresh-ttl must be 1s or more")
@@ -183,20 +186,14 @@ func (o options) check() error {
 	return nil
 }
 
-// absolute returns the canonical path of a file.
-func absolute(name string) string {
-	if real, err := realPath(name); err == nil {
-		name = real
-	}
-	if abs, err := filepath.Abs(name); err == nil {
-		name = abs
-	}
-	return name
-}
-
-// realPath follows symbolic links. It rejects what is not a regular file before
-// anything is opened: opening a named pipe blocks.
+// realPath returns the absolute path of a file that may not exist yet, without
+// symbolic links. It rejects what is not a regular file before anything is opened:
+// opening a named pipe blocks.
 func realPath(name string) (string, error) {
+	name, err := filepath.Abs(name)
+	if err != nil {
+		return "", err
+	}
 	directory, err := filepath.EvalSymlinks(filepath.Dir(name))
 	if err != nil {
 		return "", err
