@@ -406,8 +406,8 @@ func TestThrottleIsBounded(t *testing.T) {
 }
 
 // TestUnknownEmail makes sure that an unknown e-mail cannot be told from a wrong
-// password: the response is the same, and so is the hash that is computed. Its
-// memory shows that it is.
+// password: the response is the same, and a hash is computed for both, as the
+// memory that it takes shows.
 func TestUnknownEmail(t *testing.T) {
 	s := newTestServer(t)
 	s.hashCost.memory = 4 << 10 // KiB, so that nothing else counts

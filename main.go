@@ -141,11 +141,11 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	flags := flag.NewFlagSet("ideapool", flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // main prints errors
 	flags.StringVar(&o.addr, "addr", "localhost:8080", "listen on `host:port`")
-	flags.StringVar(&o.data, "data", "ideapool.json", "keep all data in `file`; with '' it is kept in memory only")
+	flags.StringVar(&o.data, "data", "ideapool.json", "keep all data in `file`; '' keeps it in memory only")
 	flags.StringVar(&o.key, "key", "ideapool.pem", "sign tokens with the RSA key in `file` (PEM), which is created on the first start")
 	flags.DurationVar(&o.accessTTL, "access-ttl", 10*time.Minute, "how long an access token is valid")
 	flags.DurationVar(&o.refreshTTL, "refresh-ttl", 30*24*time.Hour, "how long a refresh token is valid")
-	flags.StringVar(&o.corsOrigin, "cors-origin", "*", "allow web pages from this `origin`, such as https://example.org; '*' allows all, none allows none")
+	flags.StringVar(&o.corsOrigin, "cors-origin", "*", "allow web pages from this `origin`, such as https://example.org; '*' allows every origin, and none allows no origin")
 	flags.BoolVar(&o.quiet, "quiet", false, "log failures only")
 
 	err := flags.Parse(args)
@@ -325,8 +325,8 @@ func newServer(o options, key *rsa.PrivateKey, store *store, logger *slog.Logger
 	return s
 }
 
-// routes lists the API in the order of testdata/api/document.txt, and then what
-// that does not have.
+// routes lists the API in the order of testdata/api/document.txt, followed by the
+// routes that it lacks.
 func (s *server) routes() {
 	s.handle("POST /access-tokens/refresh", s.refresh)
 	s.handle("POST /access-tokens", s.logIn)

@@ -370,9 +370,8 @@ func (s *store) moveTo(next *journal) error {
 // always in the same order, so that two files can be compared line by line.
 type snapshot func(use func(change))
 
-// snapshot copies pointers, so that the holder of fileMu does not wait for long. It
-// forgets access tokens that expired more than a day ago; until then the clock may
-// be set back.
+// snapshot copies pointers, so that fileMu is not held for long. It forgets access
+// tokens that expired more than a day ago; until then the clock may be set back.
 func (s *store) snapshot() (all snapshot, lastID string) {
 	s.mu.Lock()
 	lastID = strconv.FormatUint(s.lastID, 36)
@@ -424,7 +423,8 @@ func openStore(path string, disk disk, logger *slog.Logger) (*store, error) {
 	return s, nil
 }
 
-// lockError tells another process from a file system that cannot lock files.
+// lockError distinguishes a file that another process has locked from a file system
+// that cannot lock files.
 func lockError(err error) error {
 	if errors.Is(err, syscall.EWOULDBLOCK) {
 		return errLocked
@@ -735,8 +735,8 @@ func (j *journal) writeSnapshot(all snapshot, lastID string) (err error) {
 	return err
 }
 
-// append returns nil once the changes are on disk. It changes neither the path nor
-// the file; others may read them meanwhile.
+// append returns nil once the changes are on disk. It does not modify path or file,
+// which may be read meanwhile.
 func (j *journal) append(changes [][]byte) error {
 	if len(changes) == 0 {
 		return nil
@@ -865,8 +865,8 @@ func cutChecksum(line []byte) (text []byte, ending string) {
 	return whole[:at], string(whole[at:])
 }
 
-// A disk runs each file operation that the promise depends on. It is nil except in
-// tests, which make an operation fail.
+// A disk runs each file operation that durability depends on. It is nil except in
+// tests, which make operations fail.
 type disk func(op, path string, do func() error) error
 
 func (d disk) do(op, path string, do func() error) error {

@@ -292,7 +292,7 @@ func (in *input) check(name, s string, length, limit int, unit string) {
 }
 
 // integer reads an integer from 1 to limit. Many clients send it as a string of
-// digits, which does as well.
+// digits, which is accepted, too.
 func (in *input) integer(name string, limit int) int {
 	value, given := in.members[name]
 	n, err := strconv.ParseUint(fmt.Sprint(value), 10, 16)
