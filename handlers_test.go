@@ -405,9 +405,8 @@ func TestThrottleIsBounded(t *testing.T) {
 	}
 }
 
-// TestUnknownEmail makes sure that an unknown e-mail cannot be told from a wrong
-// password: the response is the same, and a hash is computed for both, as the
-// memory that it takes shows.
+// TestUnknownEmail makes sure that an unknown e-mail gets the same response as a
+// wrong password, and costs a hash, as the memory that it takes shows.
 func TestUnknownEmail(t *testing.T) {
 	s := newTestServer(t)
 	s.hashCost.memory = 4 << 10 // KiB, so that nothing else counts
@@ -436,10 +435,14 @@ func TestUnknownEmail(t *testing.T) {
 // TestHashCost tests the hashes of the real server. Other tests have cheaper ones.
 func TestHashCost(t *testing.T) {
 	s := newServer(options{}, rfcKey(), nil, quiet)
-	for _, hash := range []string{must(s.hashPassword(t.Context(), "the-Secret-123")), dummyHash(s.hashCost)} {
+	one, other := must(s.hashPassword(t.Context(), "the-Secret-123")), must(s.hashPassword(t.Context(), "the-Secret-123"))
+	for _, hash := range []string{one, dummyHash(s.hashCost)} {
 		if !strings.HasPrefix(hash, "$argon2id$v=19$m=19456,t=2,p=1$") {
 			t.Errorf("got the hash %s, want m=19456,t=2,p=1", hash)
 		}
+	}
+	if one == other {
+		t.Error("two hashes of one password are equal, want different salts")
 	}
 }
 
@@ -626,8 +629,7 @@ func TestFailingHandlers(t *testing.T) {
 	}
 }
 
-// TestFlushAndAbort tests that handlers can do what net/http lets them do: flush, and
-// break off a response.
+// TestFlushAndAbort tests that a handler can flush and abort its response.
 func TestFlushAndAbort(t *testing.T) {
 	s, w := newTestServer(t), httptest.NewRecorder()
 	s.handle("GET /flush", func(w http.ResponseWriter, _ *http.Request) error { return http.NewResponseController(w).Flush() })
@@ -971,8 +973,7 @@ func BenchmarkHandlers(b *testing.B) {
 	}
 }
 
-// Helpers. Others (must, member, atOnce, mustStart, scratch, quiet, rfcKey) are
-// in the other test files.
+// Helpers (others are in the other test files):
 
 // newTestServer returns a server that keeps everything in memory and signs with
 // rfcKey, unless the flags of the command say otherwise. Its hashes are cheap.
