@@ -119,13 +119,13 @@ func TestNewRoutes(t *testing.T) {
 	s.handle("LOCK /me", done)
 	s.handle("GET /ideas/export", done)
 	plain, extended := newClient(t, newTestServer(t)), newClient(t, s)
-	added := map[string][]string{"NOPE /me": {"LOCK"}, "NOPE /ideas/export": {"GET", "HEAD"}}
+	added := map[string][]string{"NOPE /me": {"405", "LOCK"}, "NOPE /ideas/export": {"405", "GET", "HEAD"}}
 	for _, request := range append(requests(s), "GET /nowhere", "GET /", "GET //ideas/") {
 		_, path, _ := strings.Cut(request, " ")
-		added["OPTIONS "+path] = []string{"LOCK"}
+		added["OPTIONS "+path] = []string{"204", "LOCK"}
 	}
-	methods := func(resp testResponse) []string {
-		return strings.Split(resp.Header.Get("Allow")+resp.Header.Get("Access-Control-Allow-Methods"), ", ")
+	methods := func(resp testResponse) []string { // after the status
+		return strings.Split(resp.Status[:3]+", "+resp.Header.Get("Allow")+resp.Header.Get("Access-Control-Allow-Methods"), ", ")
 	}
 	for request, want := range added {
 		want = append(want, methods(plain.send(request, ""))...)
@@ -293,8 +293,7 @@ func TestPageNumbers(t *testing.T) {
 	}
 }
 
-// TestOrigins tests -cors-origin: it takes what browsers send as Origin, and
-// nothing else.
+// TestOrigins tests that -cors-origin takes what browsers send, and nothing else.
 func TestOrigins(t *testing.T) {
 	check := func(accepted bool, origins ...string) {
 		for _, origin := range origins {
@@ -315,8 +314,7 @@ func TestOrigins(t *testing.T) {
 	check(false, "", " https://a.example", "https://a.example\n")
 }
 
-// TestFullDisk makes changes while the disk has room for 60 bytes, less than any
-// change needs. They have no effect.
+// TestFullDisk makes changes, without effect, while the disk has room for 60 bytes.
 func TestFullDisk(t *testing.T) {
 	var full atomic.Bool
 	var writes atomic.Int32
@@ -525,27 +523,29 @@ func TestSlowClients(t *testing.T) {
 // TestExpectContinue sends a request without its body, which comes only after
 // 100 Continue. What can be rejected without the body is rejected at once.
 func TestExpectContinue(t *testing.T) {
+	const expect = "Expect: 100-continue\r\n"
 	for _, test := range []struct {
 		request, header string
 		want            int
 	}{
-		{"POST /users", "Content-Length: 65536", http.StatusContinue},
-		{"POST /ideas", "Content-Length: 9", http.StatusUnauthorized},
-		{"POST //ideas/", "Content-Length: 9", http.StatusUnauthorized},
-		{"POST /ideas", "Transfer-Encoding: chunked", http.StatusUnauthorized},
-		{"POST /nowhere", "Content-Length: 9", http.StatusNotFound},
-		{"PATCH /me", "Content-Length: 9", http.StatusMethodNotAllowed},
+		{"POST /users", expect + "Content-Length: 65536", http.StatusContinue},
+		{"POST /ideas", expect + "Content-Length: 9", http.StatusUnauthorized},
+		{"POST //ideas/", expect + "Content-Length: 9", http.StatusUnauthorized},
+		{"POST /ideas", expect + "Transfer-Encoding: chunked", http.StatusUnauthorized},
+		{"POST /nowhere", expect + "Content-Length: 9", http.StatusNotFound},
+		{"PATCH /me", expect + "Content-Length: 9", http.StatusMethodNotAllowed},
+		{"POST /users", expect + "Content-Length: 65537", http.StatusRequestEntityTooLarge},
 		{"POST /users", "Content-Length: 65537", http.StatusRequestEntityTooLarge},
-		{"POST /users", "Content-Length: 9\r\nContent-Type: text/plain", http.StatusUnsupportedMediaType},
-		{"OPTIONS /ideas", "Content-Length: 9", http.StatusNoContent},
+		{"POST /users", expect + "Content-Length: 9\r\nContent-Type: text/plain", http.StatusUnsupportedMediaType},
+		{"OPTIONS /ideas", expect + "Content-Length: 9", http.StatusNoContent},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			network, stop := startServing(t, newTestServer(t))
 			conn, start := network.dial(), time.Now()
-			go io.WriteString(conn, test.request+" HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"+test.header+"\r\n\r\n")
+			go io.WriteString(conn, test.request+" HTTP/1.1\r\nHost: x\r\n"+test.header+"\r\n\r\n")
 			resp := must(http.ReadResponse(bufio.NewReader(conn), nil))
 			if took := time.Since(start); resp.StatusCode != test.want || took > 0 {
-				t.Errorf("%s, %s: got status %d after %v, want %d at once", test.request, test.header, resp.StatusCode, took, test.want)
+				t.Errorf("%s, %q: got status %d after %v, want %d at once", test.request, test.header, resp.StatusCode, took, test.want)
 			}
 			conn.Close()
 			stop()

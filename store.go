@@ -720,9 +720,8 @@ func (j *journal) writeSnapshot(all snapshot, lastID string) (err error) {
 		if count++; count%2048 == 0 {
 			// An fsync of FILE could wait for all of this (ext4). So this is written in
 			// parts, and FILE has the disk to itself for half of the time.
-			w.Flush()
 			begin := time.Now()
-			j.file.Sync()
+			err = cmp.Or(err, w.Flush(), j.disk.do("sync", j.path, j.file.Sync))
 			time.Sleep(time.Since(begin))
 		}
 	})
