@@ -1946,7 +1946,7 @@ func (p *process) send(t *testing.T, status int, access, request, body string) (
 	method, path, _ := strings.Cut(request, " ")
 	r := must(http.NewRequestWithContext(t.Context(), method, p.waitForURL()+path, strings.NewReader(body)))
 	r.Header.Set("X-Access-Token", access)
-	got, err := loadTransport.RoundTrip(r)
+	got, err := httpClient.Do(r)
 	if err != nil {
 		return "", false
 	}
@@ -1958,7 +1958,8 @@ func (p *process) send(t *testing.T, status int, access, request, body string) (
 	return string(data), err == nil && got.StatusCode == status
 }
 
-var loadTransport = &http.Transport{MaxIdleConnsPerHost: 16}
+// httpClient gives up when the connection of a killed server stays open, as happens under Wine.
+var httpClient = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 16}, Timeout: 20 * time.Second}
 
 // member returns a member of a JSON object that is text.
 func member(object, name string) string {
