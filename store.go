@@ -286,7 +286,7 @@ func (s *store) compactInBackground() {
 	}
 	s.nextCompaction = time.Now().Add(time.Second)
 	go func() {
-		err := s.compact()
+		err := s.compact(true)
 		s.compacting.Unlock()
 		if err == nil {
 			return
@@ -303,7 +303,7 @@ func (s *store) compactInBackground() {
 // compact moves to a new file that begins with a snapshot of memory. Changes go on
 // meanwhile: they are collected and follow the snapshot. A crash at any step leaves
 // the old FILE or the new one, and both are complete. The caller holds compacting.
-func (s *store) compact() error {
+func (s *store) compact(inBackground bool) error {
 	s.fileMu.Lock()
 	old := s.journal
 	all, lastID := s.snapshot()
@@ -311,7 +311,7 @@ func (s *store) compact() error {
 	s.collecting = true
 	s.fileMu.Unlock()
 
-	next, err := createJournal(s.path+".tmp", s.disk, all, lastID)
+	next, err := createJournal(s.path+".tmp", s.disk, all, lastID, inBackground)
 	if err == nil {
 		s.fileMu.Lock()
 		changes := s.collected
@@ -618,7 +618,7 @@ func (s *store) start() error {
 		return s.disk.syncDirectory(filepath.Dir(s.path))
 	}
 	isNew := s.journal.file == nil
-	err := s.compact()
+	err := s.compact(false)
 	if err != nil && isNew {
 		os.Remove(s.path)
 	}
@@ -639,7 +639,7 @@ func (s *store) close() error {
 	if done {
 		return nil
 	}
-	return s.compact()
+	return s.compact(false)
 }
 
 // release lets another process use FILE.
@@ -687,14 +687,15 @@ const (
 
 func castagnoli() *crc32.Table { return crc32.MakeTable(crc32.Castagnoli) }
 
-// createJournal writes a new file that begins with a snapshot.
-func createJournal(path string, disk disk, all snapshot, lastID string) (*journal, error) {
+// createJournal writes a new file that begins with a snapshot. In the background it
+// takes its time, so that others can use the disk.
+func createJournal(path string, disk disk, all snapshot, lastID string, inBackground bool) (*journal, error) {
 	file, err := disk.create(path)
 	if err != nil {
 		return nil, err
 	}
 	j := &journal{path: path, disk: disk, file: file, clean: true}
-	err = disk.do("write", path, func() error { return j.writeSnapshot(all, lastID) })
+	err = disk.do("write", path, func() error { return j.writeSnapshot(all, lastID, inBackground) })
 	if err == nil {
 		err = disk.do("sync", path, file.Sync)
 	}
@@ -705,7 +706,7 @@ func createJournal(path string, disk disk, all snapshot, lastID string) (*journa
 	return j, nil
 }
 
-func (j *journal) writeSnapshot(all snapshot, lastID string) (err error) {
+func (j *journal) writeSnapshot(all snapshot, lastID string, inBackground bool) (err error) {
 	sum := crc32.New(castagnoli())
 	w := bufio.NewWriterSize(io.MultiWriter(j.file, sum), 1<<16)
 	fmt.Fprintf(w, headerFormat, lastID)
@@ -717,7 +718,7 @@ func (j *journal) writeSnapshot(all snapshot, lastID string) (err error) {
 		w.WriteString(separator)
 		w.Write(line)
 		separator = ",\n"
-		if count++; count%2048 == 0 {
+		if count++; inBackground && count%1024 == 0 {
 			// An fsync of FILE could wait for all of this (ext4). So this is written in
 			// parts, and FILE has the disk to itself for half of the time.
 			begin := time.Now()

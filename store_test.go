@@ -1232,7 +1232,7 @@ func TestAFailedPartOfASnapshot(t *testing.T) {
 		s.must(somebody(1).create(ideaID(n), "tea", 5))
 	}
 	before := readFiles(t, s.path)
-	for fails = 1; fails <= 3; fails++ {
+	for fails = 1; fails <= 5; fails++ {
 		syncs = 0
 		wantError(t, "a compaction", s.compact(), errInjected)
 		compare(t, "the files", readFiles(t, s.path), before)
@@ -1695,7 +1695,7 @@ func (s *testStore) file() string { return string(must(os.ReadFile(s.path))) }
 func (s *testStore) compact() error {
 	s.compacting.Lock()
 	defer s.compacting.Unlock()
-	return s.store.compact()
+	return s.store.compact(true)
 }
 
 // compactSoon lets the next change cause a compaction.
