@@ -499,7 +499,8 @@ type batch struct {
 }
 
 func newBatch() *batch {
-	return &batch{text: append(make([]byte, 0, 2*batchSize), '['), decoded: make(chan struct{})}
+	const lastLine = 1 << 10 // most lines are shorter
+	return &batch{text: append(make([]byte, 0, batchSize+lastLine), '['), decoded: make(chan struct{})}
 }
 
 // add adds the changes of the next line.
