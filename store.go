@@ -543,14 +543,19 @@ func (s *store) applyBatches(batches <-chan *batch) (err error) {
 	for b := range batches {
 		<-b.decoded
 		for _, c := range b.changes {
-			applyErr := s.apply(c)
-			if applyErr != nil && !isLostRace(applyErr) {
-				err = cmp.Or(err, fmt.Errorf("line %d: %w; restore a backup", c.line, applyErr))
-			}
+			err = cmp.Or(err, s.replayChange(c))
 		}
 		err = cmp.Or(err, b.err)
 	}
 	return err
+}
+
+func (s *store) replayChange(c change) error {
+	err := s.apply(c)
+	if err == nil || isLostRace(err) {
+		return nil
+	}
+	return fmt.Errorf("line %d: %w; restore a backup", c.line, err)
 }
 
 // isLostRace reports whether apply returns an error for one of two changes that
