@@ -569,6 +569,20 @@ func TestFileCutAnywhere(t *testing.T) {
 	}
 }
 
+// TestWarnings are for an incomplete last line, and for a file that others can read.
+func TestWarnings(t *testing.T) {
+	var log strings.Builder
+	path, want := scratch(t), "line=7.*\n.*chmod 600"
+	if runtime.GOOS == "windows" { // it has no modes
+		want = "line=7"
+	}
+	wantError(t, "FILE", os.WriteFile(path, nil, 0o644), nil)
+	printWarnings(slog.New(slog.NewTextHandler(&log, nil)), options{data: path}, &store{torn: 7})
+	if !regexp.MustCompile(want).MatchString(log.String()) {
+		t.Errorf("got the warnings\n%s, want %s", &log, want)
+	}
+}
+
 // TestAFlippedBitIsRejected flips every bit of FILE, except in the last newline: without that a line is torn.
 func TestAFlippedBitIsRejected(t *testing.T) {
 	values, _ := example(t)
