@@ -373,6 +373,10 @@ func TestConcurrentAttempts(t *testing.T) {
 			s.hashing = make(semaphore, slots)
 			c := newClient(t, s)
 			for _, burst := range []struct{ least, most, wait int }{{10, 9 + slots, 30}, {1, 1, 60}, {1, 1, 120}} {
+				for range slots { // so that all attempts wait for a slot first
+					go s.hashing.do(t.Context(), func() error { time.Sleep(time.Second); return nil })
+				}
+				synctest.Wait()
 				var checked atomic.Int32
 				atOnce(30, func(int) {
 					resp := c.send("POST /access-tokens", `{"email":"a@b.c","password":"x"}`)
@@ -691,9 +695,7 @@ func TestLog(t *testing.T) {
 func startCommand(t *testing.T, flags ...string) (c *client, stop func() (output string)) {
 	ctx, cancel := context.WithCancel(t.Context())
 	r, stderr, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	wantError(t, "a pipe", err, nil)
 	go func() {
 		defer stderr.Close()
 		if err := run(ctx, append(flags, "-addr", "localhost:0"), stderr); err != nil {
@@ -984,9 +986,7 @@ func newTestServer(t testing.TB, flags ...string) *server {
 		key = must(readKey(o.key))
 	}
 	store := must(openStore(o.data, nil, quiet))
-	if err := store.start(); err != nil {
-		t.Fatal(err)
-	}
+	wantError(t, "a start", store.start(), nil)
 	t.Cleanup(store.release)
 	s := newServer(o, key, store, quiet)
 	s.hashCost = argonCost{memory: 64, passes: 1, threads: 1}
