@@ -339,7 +339,7 @@ func TestFilesThatCannotBe(t *testing.T) {
 			return errors.Join(mustStart(t, path+"2", noSync).check(), symlink(path+"2", path))
 		}, errLocked.Error()},
 		{"a dangling link", func(path string) error { return symlink("nothing", path) }, ""},
-		{"next to FILE.tmp that cannot be removed", func(path string) error { return os.MkdirAll(path+".tmp/x", 0o700) }, ""},
+		{"next to FILE.tmp that cannot be removed", func(path string) error { return os.MkdirAll(path+".tmp/x", 0o700) }, "remove it by hand"},
 		{"in a directory that does not exist", func(path string) error { return os.RemoveAll(filepath.Dir(path)) }, ""},
 		{"in a file", func(path string) error {
 			return errors.Join(os.RemoveAll(filepath.Dir(path)), content("")(filepath.Dir(path)))
@@ -542,7 +542,7 @@ func TestNobodySeesWhatIsNotOnDisk(t *testing.T) {
 func TestFileCutAnywhere(t *testing.T) {
 	values, states := example(t)
 	file, inSnapshot := strings.Join(values, ""), strings.Count(values[0], "\n")
-	path, snapshot := scratch(t), len(values[0])-1 // without its newline
+	path, next, snapshot := scratch(t), scratch(t), len(values[0])-1 // without its newline
 	for cut := range len(file) + 1 {
 		name, prefix := fmt.Sprintf("cut at byte %d", cut), files{dataName: file[:cut]}
 		if cut < snapshot {
@@ -559,11 +559,13 @@ func TestFileCutAnywhere(t *testing.T) {
 		compare(t, name, contents(s), states[lines-inSnapshot])
 		if cut%5 == snapshot%5 { // a start takes long
 			wantError(t, name, s.start(), nil)
-			abandon(s)
-			if started := readFiles(t, path); !json.Valid([]byte(started[dataName])) {
+			started := readFiles(t, path)
+			if !json.Valid([]byte(started[dataName])) {
 				t.Errorf("%s: a start leaves %q", name, started)
 			}
-			compare(t, name+", after a start", readFiles(t, path).read(t, path), states[lines-inSnapshot])
+			compare(t, name+", after a start", started.read(t, next), states[lines-inSnapshot])
+			wantError(t, name, s.commit(somebody(9).signUp("late@example.org")), nil)
+			compare(t, name+", after a change", readFiles(t, path).read(t, next), contents(s))
 		}
 		abandon(s)
 	}
@@ -681,7 +683,7 @@ func TestChangesThatDoNotFit(t *testing.T) {
 	for name, c := range map[string]change{
 		"an idea without its user":   somebody(9).create(ideaID(9), "tea", 5),
 		"an idea twice":              somebody(1).create(ideaID(1), "tea", 5),
-		"a user twice":               somebody(1).signUp("new@example.org"),
+		"a user twice":               {User: somebody(1).signUp("new@example.org").User},
 		"a user with a short id":     person("u1").signUp("new@example.org"),
 		"a user with no e-mail":      somebody(9).signUp(""),
 		"a user with a bad e-mail":   somebody(9).signUp("b at example.org"),
