@@ -446,7 +446,7 @@ func TestMakeKeyConcurrently(t *testing.T) {
 	if !slices.Equal(results, want) {
 		t.Errorf("got %q, want %q", results, want)
 	}
-	if files := must(os.ReadDir(filepath.Dir(path))); len(files) != 1 {
+	if files := must(os.ReadDir(filepath.Dir(path))); len(files) != 1 && runtime.GOOS != "windows" { // it keeps names of open files
 		t.Errorf("files: got %v, want only the key", files)
 	}
 }
