@@ -34,7 +34,7 @@ type session struct {
 	Expires int64  `json:"expires"` // seconds since 1970
 }
 
-// A tokenID identifies an access token: those of one user that expire in the same
+// A tokenID identifies an access token. Tokens of a user that expire in the same
 // second count as one.
 type tokenID struct {
 	UserID  string `json:"user"`
@@ -117,8 +117,8 @@ func (s *server) logOut(w http.ResponseWriter, r *http.Request, u user) error {
 	return nil
 }
 
-// startSession starts a session of u, in one change with a sign-up, if c is one,
-// and responds with its tokens.
+// startSession adds a session of u to c, which may be a sign-up, commits c, and
+// responds with the tokens.
 func (s *server) startSession(w http.ResponseWriter, u user, c change) error {
 	token, err := s.newAccessToken(u) // first: after a failure there is no session
 	if err != nil {
@@ -136,7 +136,7 @@ func (s *server) startSession(w http.ResponseWriter, u user, c change) error {
 	return writeJSON(w, http.StatusCreated, tokenResponse{token, refreshToken})
 }
 
-// A tokenResponse is what a client gets.
+// A tokenResponse has a client's tokens.
 type tokenResponse struct {
 	JWT          string `json:"jwt"`
 	RefreshToken string `json:"refresh_token,omitempty"`
@@ -153,10 +153,10 @@ func (s *server) newAccessToken(u user) (string, error) {
 	return s.tokens.sign(claims{Expires: expires, UserID: u.ID, Email: u.Email, Name: u.Name})
 }
 
-// hashToken returns what the store keeps of a refresh token. It needs no salt:
-// nobody can try all values of 50 random bytes.
-func hashToken(refreshToken string) string {
-	sum := sha256.Sum256([]byte(refreshToken))
+// hashToken returns the hash of a refresh token, or of an e-mail. A token needs
+// no salt: nobody can try all values of 50 random bytes.
+func hashToken(token string) string {
+	sum := sha256.Sum256([]byte(token))
 	return hex.EncodeToString(sum[:])
 }
 
@@ -185,7 +185,7 @@ func (s *server) authenticate(r *http.Request) (user, error) {
 }
 
 // accessToken returns the token in X-Access-Token, or else in Authorization
-// (RFC 6750 §2.1), there after the word Bearer in any case (RFC 9110 §11.1). A
+// (RFC 6750 §2.1), there after Bearer, in upper or lower case (RFC 9110 §11.1). A
 // repeated header counts as no token. X-Access-Token may have the word, too.
 func accessToken(h http.Header) string {
 	values, needsScheme := h["X-Access-Token"], false
@@ -254,7 +254,7 @@ func throttled(w http.ResponseWriter, wait time.Duration) error {
 	return fmt.Errorf("%w; please try again in %d seconds", errThrottled, seconds)
 }
 
-// hashPassword returns what is kept of a password.
+// hashPassword returns the hash to be stored.
 func (s *server) hashPassword(ctx context.Context, password string) (hash string, err error) {
 	err = s.hashing.do(ctx, func() error {
 		salt := make([]byte, 16)
@@ -299,8 +299,8 @@ func matches(password, hash string) bool {
 // logins at once would slow down everybody else and take 1 GB of memory.
 type semaphore chan struct{}
 
-// do runs work as soon as a slot is free. It returns errBusy if that takes more
-// than 5 seconds, or the client has gone.
+// do runs work as soon as a slot is free. It returns errBusy if none is free for
+// 5 seconds, or the client is gone.
 func (s semaphore) do(ctx context.Context, work func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -342,7 +342,7 @@ func newAttempt(r *http.Request, email string) attempt {
 	from, _ := netip.ParseAddrPort(r.RemoteAddr)
 	addr, bits := from.Addr(), 32
 	if addr.Is6() {
-		bits = 64 // what one household has (RFC 6177)
+		bits = 64 // one subnet (RFC 4291 §2.5.1)
 	}
 	client, _ := addr.Prefix(bits)
 	return attempt{hashToken(normalizeEmail(email)), client}
@@ -384,7 +384,7 @@ func (t *loginThrottle) end(a attempt, success bool) {
 	}
 }
 
-// recent forgets the failures an hour after the last wait.
+// recent returns no failures an hour after the last wait.
 func (t *loginThrottle) recent(a attempt) failures {
 	f := t.failures[a]
 	if time.Since(f.until) > time.Hour {
@@ -446,7 +446,7 @@ func (s *store) freeExpiry(userID string, now, latest int64) (expires int64, ok 
 }
 
 // addSession applies a login. Which sessions have expired depends on the times in
-// the changes alone, so that a start has the same result.
+// the changes alone, so that a replay has the same result.
 func (m *memory) addSession(s *session) error {
 	a := m.accounts[s.UserID]
 	if m.sessions[s.Key] != nil || a == nil {

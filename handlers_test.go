@@ -289,7 +289,7 @@ func TestPageNumbers(t *testing.T) {
 		c.expect("GET /ideas"+query, "", "200", withToken)
 	}
 	for page := range strings.FieldsSeq("0 -1 1.0 one %201 %2B1 1e1 0x1 18446744073709551616 9223372036854775808 %zz 1; 1&page=2 2;x=1 &x=1 1&%70age=1") {
-		c.expect("GET /ideas?page="+page, "", "422 page must be an integer above 0", withToken)
+		c.expect("GET /ideas?page="+page, "", "422 page must be a positive integer", withToken)
 	}
 }
 
@@ -494,7 +494,7 @@ func TestLoginStorm(t *testing.T) {
 // Connections, panics and the log:
 
 // TestSlowClients sends a byte now and then. Such clients are disconnected, and
-// block nobody. In the bubble of synctest, the network is a pipe.
+// block nobody. In the synctest bubble, the network is a pipe.
 func TestSlowClients(t *testing.T) {
 	for sent, timeout := range map[string]time.Duration{
 		"GET /healthz HTTP/1.1\r\nHost: x\r\nX-":                           5 * time.Second,
@@ -557,7 +557,7 @@ func TestExpectContinue(t *testing.T) {
 	}
 }
 
-// TestShutdown stops the server during a request, which has 10 seconds to end.
+// TestShutdown stops the server during a request, which gets 10 s to finish.
 func TestShutdown(t *testing.T) {
 	for takes, want := range map[time.Duration]time.Duration{9 * time.Second: 9 * time.Second, 20 * time.Second: 10 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {
@@ -690,7 +690,7 @@ func TestLog(t *testing.T) {
 
 // The command:
 
-// startCommand runs the command, without the shell around it. The returned stop
+// startCommand runs the command in this process. The returned stop
 // ends it, and returns all that it has printed.
 func startCommand(t *testing.T, flags ...string) (c *client, stop func() (output string)) {
 	ctx, cancel := context.WithCancel(t.Context())
@@ -720,7 +720,7 @@ func startCommand(t *testing.T, flags ...string) (c *client, stop func() (output
 	}
 }
 
-// TestCommand starts the command in an empty directory, and again.
+// TestCommand starts the command in an empty directory, twice.
 func TestCommand(t *testing.T) {
 	const welcome = "Idea Pool is at (http://127.0.0.1:\\d+)\n  data: ideapool.json\n  key:  ideapool.pem\nTry it:\n" +
 		"  curl http://127.0.0.1:\\d+/users -d email=me@example.org -d name=Me -d password=the-Secret-123\n"
@@ -810,9 +810,9 @@ func TestBadStarts(t *testing.T) {
 		{"-refresh-ttl -1h", badTime},
 		{"-cors-origin example.org", badOrigin},
 		{"-cors-origin=", badOrigin},
-		{"-addr=", usage + `-addr "" needs a host and a port, such as localhost:8080`},
-		{"-addr localhost:", usage + `-addr "localhost:" needs a host and a port, such as localhost:8080`},
-		{"-addr nonsense", usage + `-addr "nonsense" needs a host and a port, such as localhost:8080`},
+		{"-addr=", usage + `-addr "" must have a port, such as localhost:8080`},
+		{"-addr localhost:", usage + `-addr "localhost:" must have a port, such as localhost:8080`},
+		{"-addr nonsense", usage + `-addr "nonsense" must have a port, such as localhost:8080`},
 		{"-key=", usage + "-key is empty; give the name of a file"},
 		{"-key " + must(filepath.Abs("ideas")) + " -data ideas", sameFile},
 		{"-key ./ideas.tmp -data ideas", sameFile},
@@ -861,7 +861,7 @@ func readDirectory() map[string]string {
 	return files
 }
 
-// TestFlagsAndOutput tests defaults, help, exit status, and what is printed at a start.
+// TestFlagsAndOutput tests defaults, help, exit status, and what is printed at startup.
 func TestFlagsAndOutput(t *testing.T) {
 	o, err := parseFlags(nil, io.Discard)
 	if want := (options{"localhost:8080", "ideapool.json", "ideapool.pem", 10 * time.Minute, 720 * time.Hour, "*", false}); err != nil || o != want {
@@ -927,7 +927,7 @@ func FuzzRequest(f *testing.F) {
 	})
 }
 
-// FuzzText tests that text is trimmed, and otherwise rejected or not changed.
+// FuzzText tests that text is rejected, or trimmed and otherwise unchanged.
 func FuzzText(f *testing.F) {
 	for _, s := range []string{"a", " é\n", "a\r\nb", "\u0000", "\ufffd", "<&>", "\u2028", "a\xff", `"\`, "\u00a0"} {
 		f.Add(s)
@@ -1101,7 +1101,7 @@ func checkEveryResponse(resp testResponse, method, origin string) map[string]boo
 	}
 }
 
-// expect sends a request, and wants "201", or "404 you have no such idea".
+// expect checks a response against "201" or "404 you have no such idea".
 func (c *client) expect(request, body, want string, headers ...string) {
 	c.t.Helper()
 	resp := c.send(request, body, headers...)
@@ -1111,7 +1111,7 @@ func (c *client) expect(request, body, want string, headers ...string) {
 }
 
 // play plays the transcript in a file, and returns the first step that fails. It
-// must be called in a bubble of synctest.
+// must be called in a synctest bubble.
 func play(t *testing.T, path string) (step, error) {
 	time.Sleep(time.Until(time.Unix(1553657927, 0)))
 	c, repeat := newClient(t, newTestServer(t)), 1
@@ -1230,7 +1230,7 @@ func (c *client) expand(s string) string {
 	return os.Expand(s, func(name string) string { return cmp.Or(c.names[name], "$"+name) })
 }
 
-// pipes is a network in memory. In a bubble of synctest, there must be no other.
+// pipes is a network in memory. In a synctest bubble, there must be no other.
 type pipes chan net.Conn
 
 func (p pipes) Close() error   { close(p); return nil }

@@ -169,12 +169,12 @@ func readPage(query string) (int, error) {
 	}
 	page, err := strconv.ParseUint(pages[0], 10, strconv.IntSize-1)
 	if err != nil || page == 0 || len(pages) > 1 {
-		return 0, fieldErrors{"page": "must be an integer above 0"}
+		return 0, fieldErrors{"page": "must be a positive integer"}
 	}
 	return int(page), nil
 }
 
-// links names the pages around a page (RFC 8288).
+// links returns the Link header of a page (RFC 8288).
 func links(page, total int) string {
 	last := max(1, pagesFor(total))
 	link := func(page int, relation string) string {
@@ -195,8 +195,8 @@ func pagesFor(ideas int) int { return (ideas + pageSize - 1) / pageSize }
 // An ideaList is the ideas of one user, in the order of compareIdeas.
 type ideaList []*storedIdea
 
-// compareIdeas puts the highest average first, and of equal ones the newest. The
-// sum of the scores orders ideas as their average does.
+// compareIdeas puts higher averages first, then newer ideas. The sum of the
+// scores orders ideas as their average does.
 func compareIdeas(a, b *storedIdea) int {
 	return cmp.Or(cmp.Compare(b.Idea.sum(), a.Idea.sum()), cmp.Compare(b.Idea.ID, a.Idea.ID))
 }
@@ -294,7 +294,7 @@ func (m *memory) removeIdea(key ideaKey) error {
 	return nil
 }
 
-// sortLists finishes the lists of ideas at a start: until then they are unsorted
+// sortLists finishes the lists of ideas at startup: until then they are unsorted
 // and still hold removed ideas. Doing this once, after the last change, takes the
 // same time whatever the order of the changes.
 func (m *memory) sortLists() {

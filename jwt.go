@@ -91,8 +91,8 @@ func (t *tokens) verify(token string) (claims, error) {
 	return c, nil
 }
 
-// parse checks everything about a token that does not change with time, in an
-// order in which nothing is believed before the signature is verified.
+// parse checks everything about a token that does not change with time. It trusts
+// nothing before it has verified the signature.
 func (t *tokens) parse(token string) (claims, error) {
 	encoded, ok := strings.CutPrefix(token, tokenHeader)
 	if !ok || len(token) > maxToken {
@@ -134,8 +134,8 @@ func (t *tokens) remember(token string, c claims) {
 	t.verified[token] = c
 }
 
-// jwk is the public key in the form in which others read it, to verify tokens on
-// their own (RFC 7517 §4, RFC 7518 §6.3.1).
+// jwk returns the public key as a JSON Web Key, with which others can verify
+// tokens (RFC 7517 §4, RFC 7518 §6.3.1).
 func (t *tokens) jwk() map[string]string {
 	encode := base64.RawURLEncoding.EncodeToString
 	exponent := big.NewInt(int64(t.key.E))
@@ -159,7 +159,7 @@ func readKey(path string) (*rsa.PrivateKey, error) {
 	}
 	block, _ := pem.Decode(data)
 	if block == nil {
-		return nil, errors.New("not a PEM file; choose another file, or remove it to have a key made")
+		return nil, errors.New("not a PEM file; remove it to get a new key, or choose another file")
 	}
 	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {
@@ -175,15 +175,15 @@ func readKey(path string) (*rsa.PrivateKey, error) {
 	return private, nil
 }
 
-// isPrivate reports whether only its owner can read a file. On Windows it cannot
-// tell, and returns true.
+// isPrivate reports whether only its owner has access to a file. On Windows it
+// cannot tell, and returns true.
 func isPrivate(path string) bool {
 	info, err := os.Stat(path)
 	return err == nil && (info.Mode()&0o077 == 0 || runtime.GOOS == "windows")
 }
 
-// makeKey makes a key and keeps it in a new file that only its owner can read. If
-// another process has made the file meanwhile, it returns the key in there.
+// makeKey makes a key and saves it in a new file that only its owner can read. If
+// another process has made the file meanwhile, it returns that key.
 func makeKey(path string) (key *rsa.PrivateKey, made bool, err error) {
 	if key, err = rsa.GenerateKey(rand.Reader, minKeyBits); err != nil {
 		return nil, false, err
@@ -210,7 +210,7 @@ func makeKey(path string) (key *rsa.PrivateKey, made bool, err error) {
 	return key, true, nil
 }
 
-// renameNew renames a file unless there is one with the new name, on file systems
+// renameNew renames a file unless the new name exists. It is for file systems
 // without links.
 func renameNew(from, to string) error {
 	f, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)

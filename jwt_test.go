@@ -35,7 +35,7 @@ import (
 const jackID = "7ovnkm2y3"
 
 // TestToken compares a token with what openssl makes of the same claims. In
-// synctest the clock starts with the year 2000.
+// synctest the clock starts in the year 2000.
 func TestToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys := newTokens(rfcKey())
@@ -94,7 +94,7 @@ var goodClaims = claims{Expires: 4102444800, UserID: jackID, Email: "a?b??c???d@
 func goodToken() string { return signed(tokenHeader + encode(goodPayload)) }
 
 // forgeries returns tokens that are never accepted, by name. Unless the name says
-// otherwise, they have a valid signature of our key: only what the name says is
+// otherwise, they have a valid signature by our key: only what the name says is
 // wrong with them.
 func forgeries() map[string]string {
 	token, key := goodToken(), rfcKey()
@@ -419,7 +419,7 @@ func TestMakeKey(t *testing.T) {
 	}
 }
 
-// TestMakeKeyConcurrently makes the same key in 20 goroutines and two more
+// TestMakeKeyConcurrently makes a key at one path in 20 goroutines and two
 // processes, which run this test, too.
 func TestMakeKeyConcurrently(t *testing.T) {
 	if path := os.Getenv(keyEnv); path != "" {
@@ -462,7 +462,7 @@ func makeKeyResult(path string) string {
 
 const keyEnv = "IDEAPOOL_TEST_KEY"
 
-// makeKeyCommand calls makeKey in another process, after the words of a command.
+// makeKeyCommand returns a command that calls makeKey, run by before, if given.
 func makeKeyCommand(path string, before ...string) *exec.Cmd {
 	args := append(before, os.Args[0], "-test.run=^TestMakeKeyConcurrently$")
 	cmd := exec.Command(args[0], args[1:]...)

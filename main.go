@@ -1,11 +1,10 @@
 // Command ideapool is the backend of "My Idea Pool": people sign up, log in
 // and keep a pool of ideas, each scored for impact, ease and confidence and
-// listed by its average.
+// ranked by its average.
 //
-// A request goes from [http.Server] to [server.ServeHTTP], through the route
-// list in [server.routes] to one handler. A handler reads its input, acts, and
-// writes a response, or returns an error, which [writeError] turns into a
-// response.
+// A request goes from [http.Server] to [server.ServeHTTP] and, by the routes in
+// [server.routes], to one handler. A handler reads its input, acts, and writes a
+// response, or returns an error, which [writeError] turns into a response.
 package main
 
 import (
@@ -77,7 +76,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	go func() {                  // in the background, as nobody may be reading
+	go func() {                  // in the background, as writing may block
 		printWarnings(logger, o, store)
 		printWelcome(stderr, listener.Addr(), o)
 	}()
@@ -114,7 +113,7 @@ func open(o options, logger *slog.Logger) (key *rsa.PrivateKey, s *store, err er
 	return key, s, nil
 }
 
-// explain adds advice to an error of the system.
+// explain adds advice to a file system error.
 func explain(err error) error {
 	_, isPath := errors.AsType[*fs.PathError](err)
 	_, isLink := errors.AsType[*os.LinkError](err)
@@ -142,7 +141,7 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	flags.SetOutput(io.Discard) // main prints errors
 	flags.StringVar(&o.addr, "addr", "localhost:8080", "listen on `host:port`")
 	flags.StringVar(&o.data, "data", "ideapool.json", "keep all data in `file`; '' keeps it in memory only")
-	flags.StringVar(&o.key, "key", "ideapool.pem", "sign tokens with the RSA key in `file` (PEM), which is created on the first start")
+	flags.StringVar(&o.key, "key", "ideapool.pem", "sign tokens with the RSA key in `file` (PEM), which is created if missing")
 	flags.DurationVar(&o.accessTTL, "access-ttl", 10*time.Minute, "how long an access token is valid")
 	flags.DurationVar(&o.refreshTTL, "refresh-ttl", 30*24*time.Hour, "how long a refresh token is valid")
 	flags.StringVar(&o.corsOrigin, "cors-origin", "*", "allow web pages from this `origin`, such as https://example.org; '*' allows every origin, and none allows no origin")
@@ -173,7 +172,7 @@ func (o options) check() error {
 	shared := keyErr == nil && dataErr == nil && slices.Contains([]string{data, data + ".tmp", data + ".lock"}, key)
 	switch {
 	case err != nil, port == "":
-		return fmt.Errorf("-addr %q needs a host and a port, such as localhost:8080", o.addr)
+		return fmt.Errorf("-addr %q must have a port, such as localhost:8080", o.addr)
 	case o.key == "":
 		return errors.New("-key is empty; give the name of a file")
 	case shared:
@@ -260,7 +259,7 @@ func printWarnings(logger *slog.Logger, o options, s *store) {
 	}
 	for _, name := range []string{o.key, o.data} {
 		if name != "" && !isPrivate(name) {
-			logger.Warn("this file holds secrets and other users can read it; run chmod 600 on it", "file", name)
+			logger.Warn("other users have access to this file of secrets; run chmod 600 on it", "file", name)
 		}
 	}
 }
@@ -399,7 +398,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // cleanPath makes //ideas and /ideas/ mean /ideas. The mux would redirect the
-// first, which browsers do not follow after a preflight, and would not match the
+// first, which not all browsers follow after a preflight, and would not match the
 // second. The path stays escaped: an escaped slash is data.
 func cleanPath(r *http.Request) *http.Request {
 	escaped := r.URL.EscapedPath()
@@ -507,8 +506,8 @@ func (s *server) preflight(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// noRoute asks the mux whether it is the path that is wrong or the method. The
-// mux itself would respond in text.
+// noRoute asks the mux whether the path or the method is wrong. The mux itself
+// would respond in plain text.
 func (s *server) noRoute(w http.ResponseWriter, r *http.Request) error {
 	h, _ := s.mux.Handler(r)
 	response := make(headersOnly)

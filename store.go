@@ -67,7 +67,7 @@ type memory struct {
 	sessions  map[string]*session    // by key
 	ideas     map[string]*storedIdea // by id
 	loggedOut map[tokenID]struct{}   // access tokens
-	lastID    uint64                 // the highest id so far, see newID
+	lastID    uint64                 // the highest id so far; see newID
 	loading   bool                   // see sortLists
 }
 
@@ -78,7 +78,7 @@ type account struct {
 	ideas    ideaList
 }
 
-// A change is one thing that happened, as FILE has it: with its results, such as
+// A change is one thing that happened, stored with its results, such as
 // ids, times and hashes. One member is set, and for a sign-up two.
 type change struct {
 	User    *user       `json:"user,omitempty"`    // signed up
@@ -87,9 +87,9 @@ type change struct {
 	Create  *storedIdea `json:"create,omitempty"`
 	Update  *storedIdea `json:"update,omitempty"`
 	Delete  *ideaKey    `json:"delete,omitempty"`
-	Probe   string      `json:"probe,omitempty"` // nothing happened, see check
+	Probe   string      `json:"probe,omitempty"` // nothing happened; see check
 
-	line int // of FILE, at a start
+	line int // of FILE, at startup
 }
 
 var (
@@ -118,8 +118,8 @@ func (s *store) check() error {
 	return nil
 }
 
-// newID returns an id that is higher than all before it: tenths of milliseconds
-// since 1970, in base 36, which takes nine characters from 1978 to 2291.
+// newID returns an id that is higher than all before it: units of 100 µs since
+// 1970, in base 36, which takes nine characters from 1978 to 2291.
 func (s *store) newID() string {
 	const first = 36 * 36 * 36 * 36 * 36 * 36 * 36 * 36
 	s.mu.Lock()
@@ -145,9 +145,9 @@ type pendingChange struct {
 }
 
 // commit saves a change, applies it, and returns the result: errNotSaved if the
-// disk fails, errEmailTaken to all but one of those who sign up with the same
-// e-mail at the same time, errNoIdea if the idea is gone by now. The first change
-// in the queue triggers writing of the whole queue, so changes share an fsync.
+// disk fails, errEmailTaken for all but one of the concurrent sign-ups with the
+// same e-mail, errNoIdea if the idea is gone by now. The first change in the
+// queue triggers writing of the whole queue, so changes share an fsync.
 func (s *store) commit(c change) error {
 	text, err := c.appendJSON(nil)
 	if err != nil {
@@ -159,8 +159,8 @@ func (s *store) commit(c change) error {
 	first := len(s.queue) == 1
 	s.queueMu.Unlock()
 	if first {
-		// A panic in a separate goroutine ends the process. In that of a handler,
-		// net/http would recover it and go on with memory that is half changed.
+		// A panic in a separate goroutine ends the process. In a handler's,
+		// net/http would recover it and go on with half-changed memory.
 		go s.commitQueue()
 	}
 	return <-p.done
@@ -241,8 +241,8 @@ func (s *store) finish(queue []*pendingChange, err error) {
 	}
 }
 
-// apply makes a change in memory, in operation and at a start. It decides races: a
-// change that loses is in FILE, too, but has no effect, now or at a start.
+// apply makes a change in memory, at startup and afterwards. It decides races: a
+// change that loses is in FILE, too, but has no effect, now or at startup.
 func (m *memory) apply(c change) error {
 	switch {
 	case c.User != nil:
@@ -267,8 +267,8 @@ func (m *memory) apply(c change) error {
 // are temporary.
 func (m *memory) size() int { return len(m.accounts) + len(m.sessions) + len(m.ideas) }
 
-// logHealth logs the first of many failures, and their end. The caller holds no
-// lock, as the log may block.
+// logHealth logs the first failure, and the recovery. The caller holds no lock,
+// as the log may block.
 func (s *store) logHealth(failedBefore bool, err error) {
 	switch {
 	case err != nil && !failedBefore:
@@ -350,7 +350,7 @@ func (s *store) moveTo(next *journal) error {
 	s.journal.broken = true // it must get no more changes
 	err := s.disk.do("rename", s.path, func() error { return os.Rename(s.path+".tmp", s.path) })
 	if err != nil {
-		// A rename can return an error and have happened all the same.
+		// A rename can return an error although it happened.
 		s.journal.broken = wasBroken || !s.journal.isAt(s.path)
 		return err
 	}
@@ -369,8 +369,8 @@ func (s *store) moveTo(next *journal) error {
 // always in the same order, so that two files can be compared line by line.
 type snapshot func(use func(change))
 
-// snapshot copies pointers, so that fileMu is not held for long. It forgets access
-// tokens that expired more than a day ago; until then the clock may be set back.
+// snapshot copies pointers, so that fileMu is not held for long. It keeps
+// logged-out tokens for a day after they expire, in case the clock is set back.
 func (s *store) snapshot() (all snapshot, lastID string) {
 	s.mu.Lock()
 	lastID = strconv.FormatUint(s.lastID, 36)
@@ -401,7 +401,7 @@ func (s *store) snapshot() (all snapshot, lastID string) {
 	}, lastID
 }
 
-// openStore reads FILE and changes nothing. With no path, or without FILE, the
+// openStore reads FILE, and writes only the lock. With no path or no FILE, the
 // store is empty.
 func openStore(path string, disk disk, logger *slog.Logger) (*store, error) {
 	s := &store{memory: newMemory(), disk: disk, logger: logger}
@@ -442,7 +442,7 @@ func (s *store) load() error {
 	}
 	s.journal.file, s.loading = file, true
 	if info, err := file.Stat(); err == nil {
-		s.ideas = make(map[string]*storedIdea, info.Size()/200) // growing it takes 4 % of a start
+		s.ideas = make(map[string]*storedIdea, info.Size()/200) // growing it takes 4% of a start
 	}
 	// Nearly everything allocated now stays, so collecting less often makes loading
 	// an eighth faster.
@@ -489,7 +489,7 @@ func (s *store) replay() error {
 
 const batchSize = 64 << 10 // bytes
 
-// A batch is a part of FILE that is decoded at once.
+// A batch is a part of FILE that is decoded as a unit.
 type batch struct {
 	text    []byte // changes in JSON, one or more a line
 	line    int    // of the first change
@@ -558,8 +558,8 @@ func (s *store) replayChange(c change) error {
 	return fmt.Errorf("line %d: %w; restore a backup", c.line, err)
 }
 
-// isLostRace reports whether apply returns an error for one of two changes that
-// arrive at the same time. Any other error can only come from a damaged file.
+// isLostRace reports whether apply returns err for the loser of two concurrent
+// changes. Any other error can only come from a damaged file.
 func isLostRace(err error) bool { return errors.Is(err, errEmailTaken) || errors.Is(err, errNoIdea) }
 
 // loadEdited reads a FILE that somebody edited by hand: one document in any
@@ -615,7 +615,7 @@ func (s *store) start() error {
 		return nil
 	}
 	if s.journal.size > 1<<20 {
-		defer func() { go debug.FreeOSMemory() }() // loading leaves much garbage
+		defer func() { go debug.FreeOSMemory() }() // loading leaves garbage
 	}
 	s.compacting.Lock()
 	defer s.compacting.Unlock()
@@ -666,17 +666,17 @@ func (s *store) release() {
 //	],"crc32c":"5c1f3a77"}
 //	{"changes":[{"update":{…}}],"crc32c":"99e3f1a2"}
 //
-// A checksum covers all text before it, except other checksums, so damaged,
-// missing and moved lines are noticed, except lines that are missing at the end.
+// A checksum covers all text before it, except other checksums, so it reveals
+// damaged, missing and moved lines, but not lines that are missing at the end.
 type journal struct {
 	path   string
 	disk   disk
 	file   *os.File
 	size   int64  // of what is acknowledged, in bytes
 	sum    uint32 // of what is acknowledged
-	count  int    // of the changes, see memory.size
+	count  int    // of the changes; see memory.size
 	clean  bool   // the file holds only a snapshot
-	torn   int    // the number of an incomplete last line, see read
+	torn   int    // the number of an incomplete last line; see read
 	broken bool   // nobody knows what the file holds: it gets no more changes
 }
 
@@ -693,8 +693,8 @@ const (
 
 func castagnoli() *crc32.Table { return crc32.MakeTable(crc32.Castagnoli) }
 
-// createJournal writes a new file that begins with a snapshot. In the background it
-// takes its time, so that others can use the disk.
+// createJournal writes a new file that begins with a snapshot. In the background
+// it pauses, so that others can use the disk.
 func createJournal(path string, disk disk, all snapshot, lastID string, inBackground bool) (*journal, error) {
 	file, err := disk.create(path)
 	if err != nil {
@@ -783,7 +783,7 @@ func (j *journal) write(line []byte) error {
 	return err
 }
 
-// isAt reports whether the file has a path.
+// isAt reports whether path names the file.
 func (j *journal) isAt(path string) bool {
 	mine, err1 := j.file.Stat()
 	there, err2 := os.Stat(path)
@@ -846,8 +846,8 @@ func (j *journal) read(use func(changes []byte, line int)) (lastID string, err e
 }
 
 // readLine returns the next line with its line end, which the last one may lack.
-// The line is valid until r is used again: a copy of each would make a start a
-// tenth slower.
+// The line is valid until r is used again: copying each would slow a start by a
+// tenth.
 func readLine(r *bufio.Reader) ([]byte, error) {
 	line, err := r.ReadSlice('\n')
 	if err == bufio.ErrBufferFull {
@@ -902,8 +902,8 @@ func (d disk) create(path string) (f *os.File, err error) {
 	return f, err
 }
 
-// syncDirectory makes the entries of a directory durable. Some file systems cannot,
-// such as CIFS, and Windows need not.
+// syncDirectory makes the entries of a directory durable. Some file systems, such
+// as CIFS, cannot, and Windows need not.
 func (d disk) syncDirectory(path string) error {
 	err := d.do("sync", path, func() error {
 		if runtime.GOOS == "windows" {

@@ -34,14 +34,14 @@ import (
 	"time"
 )
 
-// These tests hold the store to the promise at the top of store.go. They keep a plain model of what
-// was acknowledged: whatever happens, the contents of the store must be the same text. And they let
-// everything go wrong that can: FILE is damaged, the power is lost, an operation on the disk fails
-// (the type disk is the seam), and the server, in a process of its own, is killed.
+// These tests hold the store to the promise at the top of store.go. They keep a plain model of what was acknowledged:
+// whatever happens, the contents of the store must be the same text. And they make everything fail that can: FILE is
+// damaged, the power is lost, an operation on the disk fails (the type disk is the seam), and the server, in a
+// process of its own, is killed.
 
 var long = flag.Bool("long", false, "kill the server many times, which takes minutes")
 
-// TestFormat shows FILE after a stop, when each change is a line, and two commits.
+// TestFormat shows FILE after a stop, one change per line, and after two commits.
 func TestFormat(t *testing.T) {
 	s := newTestStore(t, noSync)
 	ann := somebody(1)
@@ -202,7 +202,7 @@ func TestAStopLeavesOneDocument(t *testing.T) {
 }
 
 // TestABackup copies FILE while 16 people write and the store compacts. A copy holds what was acknowledged
-// before, and nothing that nobody wrote. Finally, one is restored.
+// before, and only what was written. Finally, one is restored.
 func TestABackup(t *testing.T) {
 	s := newTestStore(t, noSync)
 	var writers crowd
@@ -306,8 +306,8 @@ func TestMemoryOfALogout(t *testing.T) {
 	runtime.KeepAlive(m)
 }
 
-// TestFilesThatCannotBe puts things other than a damaged file in the place of FILE.
-func TestFilesThatCannotBe(t *testing.T) {
+// TestUnusableFiles puts things other than a damaged file in the place of FILE.
+func TestUnusableFiles(t *testing.T) {
 	content := func(data string) func(string) error {
 		return func(path string) error { return os.WriteFile(path, []byte(data), 0o600) }
 	}
@@ -507,8 +507,8 @@ func TestChangesShareAnFsync(t *testing.T) {
 	}
 }
 
-// TestNobodySeesWhatIsNotOnDisk makes a change of each kind. It looks around before
-// each operation, and gives those who wait for the result the time to go on.
+// TestNobodySeesWhatIsNotOnDisk makes a change of each kind. Before each operation, it gives waiting callers time to
+// go on, and then checks the store.
 func TestNobodySeesWhatIsNotOnDisk(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		fake, ops, s := newFakeDisk(), []string(nil), (*testStore)(nil)
@@ -538,7 +538,7 @@ func TestNobodySeesWhatIsNotOnDisk(t *testing.T) {
 
 // Recovery: what was never acknowledged is dropped. Other damage is rejected, and nothing is touched.
 
-// TestFileCutAnywhere opens every prefix of FILE. It holds the whole commits in it, and nothing of the next.
+// TestFileCutAnywhere opens every prefix of FILE. Each holds its whole commits, and no part of the next.
 func TestFileCutAnywhere(t *testing.T) {
 	values, states := example(t)
 	file, inSnapshot := strings.Join(values, ""), strings.Count(values[0], "\n")
@@ -557,7 +557,7 @@ func TestFileCutAnywhere(t *testing.T) {
 		s := mustOpen(t, path, noSync)
 		compare(t, name+", the incomplete line", s.torn, torn)
 		compare(t, name, contents(s), states[lines-inSnapshot])
-		if cut%5 == snapshot%5 { // a start takes long
+		if cut%5 == snapshot%5 { // a start is slow
 			wantError(t, name, s.start(), nil)
 			started := readFiles(t, path)
 			if !json.Valid([]byte(started[dataName])) {
@@ -571,7 +571,7 @@ func TestFileCutAnywhere(t *testing.T) {
 	}
 }
 
-// TestWarnings are for an incomplete last line, and for a file that others can read.
+// TestWarnings tests those about an incomplete last line and a file that others can read.
 func TestWarnings(t *testing.T) {
 	var log strings.Builder
 	path, want := scratch(t), "line=7.*\n.*chmod 600"
@@ -627,7 +627,7 @@ func TestLinesOutOfPlace(t *testing.T) {
 	values, states := example(t)
 	foreign, _ := example(t, somebody(3).signUp("c@example.org"))
 	path, last := scratch(t), len(values)-1
-	// check replaces values by others, so that there is a fault after the first ones.
+	// check replaces values, so that there is a fault after the first good ones.
 	check := func(name string, from, to, good int, others ...string) {
 		t.Helper()
 		changed := slices.Replace(slices.Clone(values), from, to, others...)
@@ -672,8 +672,8 @@ func TestTheEndOfTheBuffer(t *testing.T) {
 	}
 }
 
-// TestChangesThatDoNotFit are in a line with the right checksum, which only a fault
-// of the program could write, and in a FILE that was edited by hand.
+// TestChangesThatDoNotFit puts them in a line with the right checksum, which only a bug could write, and in a FILE
+// that was edited by hand.
 func TestChangesThatDoNotFit(t *testing.T) {
 	values, _ := example(t)
 	line, path := strings.Count(strings.Join(values, ""), "\n")+1, scratch(t)
@@ -730,7 +730,7 @@ func TestHandEdits(t *testing.T) {
 		"a score, with crc32c":         {strings.Replace(values[0], tea, `"tea","impact":8`, 1), "remove crc32c"},
 		"indented, with crc32c":        {indented(values[0]), "remove crc32c"},
 		"a later line":                 {plain + values[1], damage},
-		"something behind it":          {plain + "{}", "something follows the first document"},
+		"something after it":           {plain + "{}", "something follows the first document"},
 		"a missing comma":              {edit("},\n", "}\n"), damage},
 		"an unknown field":             {edit(`"content"`, `"mood":7,"content"`), `unknown field "mood"`},
 		"score 12":                     {edit(tea, `"tea","impact":12`), invalid},
@@ -863,8 +863,8 @@ func TestBytesOfACreate(t *testing.T) {
 
 // Crashes and failures:
 
-// crashes maps each kind of crash to what it leaves of a file, part of which was fsynced. A power loss may lose
-// the rest, and the name, and need not: POSIX leaves open in what order names and bytes reach the disk.
+// crashes maps each kind of crash to what it leaves of a file, part of which was fsynced. A power loss may or may not
+// lose the rest and the name: POSIX does not say in what order they reach the disk.
 var crashes = map[string]func(synced, rest string) string{
 	"a kill":                             nil, // it loses nothing
 	"a power loss":                       func(synced, _ string) string { return synced },
@@ -876,8 +876,8 @@ var crashes = map[string]func(synced, rest string) string{
 	},
 }
 
-// TestACrashLosesNothing plays the script, and looks before every file operation at what each kind of crash leaves:
-// what was acknowledged, and the change under way wholly or not at all. There may be another in the next start.
+// TestACrashLosesNothing plays the script, and before every file operation checks what each kind of crash leaves:
+// what was acknowledged, and all or nothing of the change under way. The next start may crash, too.
 func TestACrashLosesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p, ops := newPlayer(t), 0
@@ -908,7 +908,7 @@ func TestACrashUnderManyClients(t *testing.T) {
 	clients.Wait()
 }
 
-// TestAFailureAtAnyOperation lets each operation of the script fail, with no effect, or with half of it or all. A
+// TestAFailureAtAnyOperation lets each operation of the script fail, with no effect, half of it, or all of it. A
 // change is then rejected and never seen, nothing else is lost, and the store heals by itself.
 func TestAFailureAtAnyOperation(t *testing.T) {
 	seen := make(map[string]bool)
@@ -982,7 +982,7 @@ func (p *player) try(c change) error {
 	if !errors.Is(err, errNotSaved) {
 		err, p.done = nil, with
 	} else if p.harmless {
-		p.t.Errorf("%s is rejected, and FILE has not failed", inJSON(c))
+		p.t.Errorf("%s is rejected, but FILE has not failed", inJSON(c))
 	}
 	p.allowed.Store([]string{after(p.done...)})
 	return err
@@ -1173,16 +1173,16 @@ func (d *fakeDisk) step(op, path string, do func() error) error {
 	return err
 }
 
-// TestABrokenFileGetsNoMoreBytes has a failed fsync, after which nobody knows what FILE holds, and a truncation that
-// fails, or whose fsync does, so that half a line may be left. Then each attempt to heal fails at another operation,
-// the third and the fifth although it happened.
+// TestABrokenFileGetsNoMoreBytes breaks FILE: an fsync fails, so its contents are unknown, or a truncation or its
+// fsync does, so half a line may be left. Then each attempt to heal fails at another operation; in the third and
+// fifth, it still takes effect.
 func TestABrokenFileGetsNoMoreBytes(t *testing.T) {
 	for want, fails := range map[string]int{"[write sync truncate sync]": 2, "[write truncate]": 2, "[write truncate sync]": 3} {
 		synctest.Test(t, func(t *testing.T) { breakFile(t, fails, want) })
 	}
 }
 
-// breakFile lets the operation with a number fail, once, and wants FILE to get these operations, and no others.
+// breakFile lets the operation with this number fail once, and wants FILE to get only these operations.
 func breakFile(t *testing.T, fails int, want string) {
 	failing, attempts, ops := false, 0, []string(nil)
 	s := newTestStore(t, func(op, path string, do func() error) error {
@@ -1360,8 +1360,8 @@ func TestKillUnderLoad(t *testing.T) {
 	}
 }
 
-// TestTerminateUnderLoad stops the server in the orderly way. Nobody may be reading its log: then requests go on if
-// the reader has gone, and hang if the pipe is full, until the stop ends them after a while.
+// TestTerminateUnderLoad stops the server in the orderly way. If its log has lost its reader, requests go on; if the
+// pipe is full, they hang until the stop ends them after a while.
 func TestTerminateUnderLoad(t *testing.T) {
 	skipWithoutSignals(t)
 	for _, log := range []string{"is quiet", "has no reader", "is full"} {
@@ -1486,7 +1486,7 @@ func (p person) everyChange() []change {
 	}
 }
 
-// randomChange may be one that must be rejected: of an idea of somebody else, or gone, or with an e-mail that is taken.
+// randomChange may have to be rejected: its idea may be somebody else's or gone, or its e-mail may be taken.
 func randomChange(r *rand.Rand, m *model, newID func() string) change {
 	p := person(m.users[r.IntN(len(m.users))].ID)
 	id, old := newID(), session{UserID: string(p)}
@@ -1566,7 +1566,7 @@ func (m *model) do(c change) error {
 	return nil
 }
 
-// String puts the lists of all users in their order, and says whose each thing is.
+// String sorts the lists of all users, and names the owner of each entry.
 func (m *model) String() string {
 	slices.SortFunc(m.ideas, func(a, b *storedIdea) int {
 		return -cmp.Or(cmp.Compare(a.Idea.Average, b.Idea.Average), cmp.Compare(a.Idea.ID, b.Idea.ID))
@@ -1680,7 +1680,7 @@ func (s *testStore) must(changes ...change) {
 	}
 }
 
-// commitInOneLine makes changes that have waited for each other.
+// commitInOneLine makes several changes in one commit.
 func (s *testStore) commitInOneLine(changes ...change) {
 	var queue []*pendingChange
 	for _, c := range changes {
@@ -1766,7 +1766,7 @@ func atOnce(n int, do func(n int)) {
 	wg.Wait()
 }
 
-// BenchmarkStore measures durable creates, with several clients per core, and a start.
+// BenchmarkStore measures durable creates, with 1 to 64 clients per core, and a start.
 func BenchmarkStore(b *testing.B) {
 	for _, clients := range []int{1, 16, 64} {
 		b.Run(fmt.Sprintf("create/clients=%d", clients), func(b *testing.B) {
@@ -1936,7 +1936,7 @@ type process struct {
 
 func startProcess(t *testing.T, path string, flags ...string) *process {
 	t.Helper()
-	writeFile(t, path+".pem", pemText("PRIVATE KEY", must(x509.MarshalPKCS8PrivateKey(rfcKey())))) // making one takes long
+	writeFile(t, path+".pem", pemText("PRIVATE KEY", must(x509.MarshalPKCS8PrivateKey(rfcKey())))) // making one is slow
 	r, w, err := os.Pipe()
 	flags = append(flags, "-addr", "127.0.0.1:0", "-data", path, "-key", path+".pem")
 	p := &process{Cmd: exec.Command(os.Args[0], flags...), r: r, w: w, log: bufio.NewReader(r)}
@@ -1961,7 +1961,7 @@ func (p *process) kill() {
 	p.w.Close()
 }
 
-// send returns the body of a response if it comes, and comes whole.
+// send returns the body of a response, if all of it arrives.
 func (p *process) send(t *testing.T, status int, access, request, body string) (response string, ok bool) {
 	t.Helper()
 	method, path, _ := strings.Cut(request, " ")
@@ -1982,7 +1982,7 @@ func (p *process) send(t *testing.T, status int, access, request, body string) (
 // httpClient gives up when the connection of a killed server stays open, as happens under Wine.
 var httpClient = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 16}, Timeout: 20 * time.Second}
 
-// member returns a member of a JSON object that is text.
+// member returns a string member of a JSON object.
 func member(object, name string) string {
 	var members map[string]any
 	json.Unmarshal([]byte(object), &members)
@@ -2066,7 +2066,7 @@ func (c *loadClient) change(t *testing.T, p *process) bool {
 	return true
 }
 
-// checkClients compares what there is with the responses. What had none may have happened, wholly, or not.
+// checkClients compares what there is with the responses. A change without one may have happened or not.
 func checkClients(t *testing.T, path string, clients []*loadClient) {
 	t.Helper()
 	s := mustOpen(t, path, nil)

@@ -27,12 +27,12 @@ const (
 )
 
 // A user is someone who signed up. It is never sent to a client as a whole, so
-// that the hash cannot get out.
+// that the hash cannot leak.
 type user struct {
 	ID       string `json:"id"`
 	Email    string `json:"email"` // as given; unique in lower case
 	Name     string `json:"name"`
-	Password string `json:"password"` // a hash, see hashPassword
+	Password string `json:"password"` // a hash; see hashPassword
 }
 
 var errEmailTaken = errors.New("this e-mail is already registered")
@@ -65,15 +65,15 @@ func (s *server) me(w http.ResponseWriter, _ *http.Request, u user) error {
 	}{u.Email, u.Name, avatarURL(u.Email)})
 }
 
-// avatarURL is the picture that Gravatar has for an e-mail, or its mystery
-// man (https://docs.gravatar.com/api/avatars/images/).
+// avatarURL returns the URL of the Gravatar for an e-mail, or of a mystery man
+// (https://docs.gravatar.com/api/avatars/images/).
 func avatarURL(email string) string {
 	sum := md5.Sum([]byte(strings.ToLower(email)))
 	return "https://www.gravatar.com/avatar/" + hex.EncodeToString(sum[:]) + "?d=mm&s=200"
 }
 
-// emailShape is what is allowed in addition to the rules of net/mail: ASCII
-// without blanks, and a domain of letters, digits, hyphens and dots.
+// emailShape is required in addition to the rules of net/mail: ASCII without
+// spaces, and a domain of letters, digits, hyphens and dots.
 var emailShape = regexp.MustCompile(`^[!-~]+@[A-Za-z0-9.-]+$`)
 
 // isEmail reports whether somebody can sign up with an e-mail. It must be a bare
@@ -207,8 +207,7 @@ func parseBody(w http.ResponseWriter, r *http.Request) (map[string]any, error) {
 }
 
 // parseObject reads one JSON object, member by member: json.Unmarshal accepts
-// invalid UTF-8 and names that come twice. (In Go 1.27, encoding/json/v2 rejects
-// both.)
+// invalid UTF-8 and duplicate names. (In Go 1.27, encoding/json/v2 rejects both.)
 func parseObject(body []byte) (map[string]any, error) {
 	members := make(map[string]any)
 	if !json.Valid(body) || !utf8.Valid(body) {
@@ -304,7 +303,7 @@ func (in *input) integer(name string, limit int) int {
 	return int(n)
 }
 
-// reject notes what a field must be. Only the first broken rule is kept.
+// reject records a rule that a field breaks. Only the first is kept.
 func (in *input) reject(name, rule string) {
 	if in.invalid[name] == "" {
 		in.invalid[name] = rule
