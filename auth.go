@@ -153,8 +153,8 @@ func (s *server) newAccessToken(u user) (string, error) {
 	return s.tokens.sign(claims{Expires: expires, UserID: u.ID, Email: u.Email, Name: u.Name})
 }
 
-// hashToken returns the hash of a refresh token, or of an e-mail. A token needs
-// no salt: nobody can try all values of 50 random bytes.
+// hashToken returns the hash of a refresh token. It needs no salt: nobody can try
+// all values of 50 random bytes.
 func hashToken(token string) string {
 	sum := sha256.Sum256([]byte(token))
 	return hex.EncodeToString(sum[:])
@@ -327,7 +327,7 @@ type loginThrottle struct {
 // An attempt identifies login attempts by e-mail, known or not, and client
 // address.
 type attempt struct {
-	email  string // its SHA-256, as an e-mail may be long
+	email  [sha256.Size]byte // its hash, as an e-mail may be long
 	client netip.Prefix
 }
 
@@ -345,7 +345,7 @@ func newAttempt(r *http.Request, email string) attempt {
 		bits = 64 // one subnet (RFC 4291 §2.5.1)
 	}
 	client, _ := addr.Prefix(bits)
-	return attempt{hashToken(normalizeEmail(email)), client}
+	return attempt{sha256.Sum256([]byte(normalizeEmail(email))), client}
 }
 
 // wait returns how long an attempt must wait.

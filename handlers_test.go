@@ -400,7 +400,7 @@ func TestConcurrentAttempts(t *testing.T) {
 func TestThrottleIsBounded(t *testing.T) {
 	throttle := loginThrottle{failures: make(map[attempt]failures)}
 	for n := range 100_001 {
-		throttle.end(attempt{email: strconv.Itoa(n)}, false)
+		throttle.end(attempt{email: [32]byte{byte(n), byte(n >> 8), byte(n >> 16)}}, false)
 	}
 	if n := len(throttle.failures); n > 50_000 {
 		t.Errorf("%d attempts are remembered, want at most 50,000", n)
@@ -593,9 +593,7 @@ func startServing(t *testing.T, s *server) (network pipes, stop func()) {
 	t.Cleanup(func() { time.Sleep(time.Minute) }) // until handlers and clients have noticed
 	return network, func() {
 		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
+		wantError(t, "serving", <-done, nil)
 	}
 }
 
@@ -662,12 +660,14 @@ func TestLog(t *testing.T) {
 	c.expect("POST /access-tokens", `{"email":"jack@test.com","password":"the-Secret-124"}`, wrongLogin)
 	c.expect("GET /a%0aevil=1%1b[31m?secret=the-Secret-123", "", "404 there is nothing at this path")
 	s.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", `/"b"\?the-Secret-123`, nil))
+	s.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", "http://jack:the-Secret-123@x/c", nil))
 	want := []string{
 		`level=INFO msg=request method=POST path=/users status=201 duration=\S+ id=\w+-1`,
 		`level=INFO msg=request method=DELETE path=//access-tokens/ status=204 duration=\S+ id=\w+-2`,
 		`level=WARN msg=request method=POST path=/access-tokens status=400 duration=\S+ id=\w+-3 error="wrong e-mail or password"`,
 		`level=INFO msg=request method=GET path="/a%0aevil=1%1b\[31m" status=404 duration=\S+ id=\w+-4`,
 		`level=INFO msg=request method=GET path="/\\"b\\"\\\\" status=404 duration=\S+ id=\w+-5`,
+		`level=INFO msg=request method=GET path=/c status=404 duration=\S+ id=\w+-6`,
 	}
 	all := regexp.MustCompile(`^(time=\S+ ` + strings.Join(want, `\n)(time=\S+ `) + `\n)$`)
 	if !all.MatchString(log.String()) {

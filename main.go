@@ -215,7 +215,7 @@ func isRegular(name string) error {
 }
 
 var (
-	originShape = regexp.MustCompile(`^([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[1-9][0-9]*)?$`)
+	originShape = regexp.MustCompile(`^([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:]+\])(?::([1-9][0-9]*))?$`)
 	// Browsers read a host as an IPv4 address if its last label is a number
 	// (https://url.spec.whatwg.org/#ends-in-a-number-checker).
 	numericHost = regexp.MustCompile(`(^|\.)([0-9]+|0x[0-9a-f]*)\.?$`)
@@ -228,21 +228,24 @@ func isOrigin(s string) bool {
 	if parts == nil {
 		return false
 	}
-	scheme, host, port := parts[1], parts[2], parts[3]
-	if host[0] == '[' || numericHost.MatchString(host) {
-		addr, err := netip.ParseAddr(strings.Trim(host, "[]"))
+	scheme, host, port := parts[1], strings.Trim(parts[2], "[]"), parts[3]
+	if host != parts[2] || numericHost.MatchString(host) {
+		addr, err := netip.ParseAddr(host)
+		if err != nil {
+			return false
+		}
 		canonical := addr.String()
 		if addr.Is4In6() { // browsers write it in hexadecimal
 			b := addr.As16()
 			canonical = fmt.Sprintf("::ffff:%x:%x", int(b[12])<<8|int(b[13]), int(b[14])<<8|int(b[15]))
 		}
-		if err != nil || canonical != strings.Trim(host, "[]") {
+		if canonical != host {
 			return false
 		}
 	}
-	n, err := strconv.ParseUint(cmp.Or(strings.TrimPrefix(port, ":"), "1"), 10, 16)
-	defaults := map[string]uint64{"ftp": 21, "http": 80, "https": 443, "ws": 80, "wss": 443}
-	return err == nil && n != defaults[scheme] && scheme != "file"
+	_, err := strconv.ParseUint(port, 10, 16)
+	defaults := map[string]string{"ftp": "21", "http": "80", "https": "443", "ws": "80", "wss": "443"}
+	return scheme != "file" && (port == "" || err == nil && port != defaults[scheme])
 }
 
 func newLogger(w io.Writer, quiet bool) *slog.Logger {
@@ -283,7 +286,6 @@ type server struct {
 	hashing    semaphore
 	throttle   loginThrottle
 	logger     *slog.Logger
-	grace      time.Duration // for requests that are running when the server stops
 
 	mux      http.ServeMux
 	patterns []string    // of all routes
@@ -304,7 +306,6 @@ func newServer(o options, key *rsa.PrivateKey, store *store, logger *slog.Logger
 		hashing:    make(semaphore, max(1, runtime.GOMAXPROCS(0)-1)), // one core is for everything else
 		throttle:   loginThrottle{failures: make(map[attempt]failures)},
 		logger:     logger,
-		grace:      10 * time.Second,
 		headers: http.Header{
 			"X-Content-Type-Options": {"nosniff"},
 			"X-Frame-Options":        {"SAMEORIGIN"},
@@ -369,7 +370,7 @@ func (s *server) serve(ctx context.Context, listener net.Listener) error {
 		return err
 	case <-ctx.Done():
 	}
-	deadline, cancel := context.WithTimeout(context.Background(), s.grace)
+	deadline, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	if srv.Shutdown(deadline) != nil {
 		srv.Close()
@@ -466,6 +467,9 @@ func (s *server) logRequest(r *http.Request, w *recorder, err error, start time.
 		return
 	}
 	target, _, _ := strings.Cut(r.RequestURI, "?")
+	if r.URL.Host != "" { // as in http://user:password@host/path
+		target = r.URL.EscapedPath()
+	}
 	attrs := []any{
 		"method", r.Method, "path", target, "status", w.status,
 		"duration", time.Since(start), "id", w.Header().Get("X-Request-Id"),

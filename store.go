@@ -149,11 +149,7 @@ type pendingChange struct {
 // same e-mail, errNoIdea if the idea is gone by now. The first change in the
 // queue triggers writing of the whole queue, so changes share an fsync.
 func (s *store) commit(c change) error {
-	text, err := c.appendJSON(nil)
-	if err != nil {
-		return err
-	}
-	p := &pendingChange{change: c, json: text, done: make(chan error, 1)}
+	p := &pendingChange{change: c, json: c.appendJSON(nil), done: make(chan error, 1)}
 	s.queueMu.Lock()
 	s.queue = append(s.queue, p)
 	first := len(s.queue) == 1
@@ -167,16 +163,16 @@ func (s *store) commit(c change) error {
 }
 
 // appendJSON appends the change as FILE has it. The JSON of an idea exists
-// already.
-func (c change) appendJSON(b []byte) ([]byte, error) {
+// already. (%q writes Go syntax, which is JSON for the letters and digits of an id.)
+func (c change) appendJSON(b []byte) []byte {
 	switch {
 	case c.Create != nil:
-		return fmt.Appendf(b, `{"create":{"owner":%q,"idea":%s}}`, c.Create.Owner, c.Create.json), nil
+		return fmt.Appendf(b, `{"create":{"owner":%q,"idea":%s}}`, c.Create.Owner, c.Create.json)
 	case c.Update != nil:
-		return fmt.Appendf(b, `{"update":{"owner":%q,"idea":%s}}`, c.Update.Owner, c.Update.json), nil
+		return fmt.Appendf(b, `{"update":{"owner":%q,"idea":%s}}`, c.Update.Owner, c.Update.json)
 	}
-	text, err := json.Marshal(c)
-	return append(b, text...), err
+	text, _ := json.Marshal(c) // never fails: it is text and numbers
+	return append(b, text...)
 }
 
 func (s *store) commitQueue() {
@@ -326,6 +322,9 @@ func (s *store) compact(inBackground bool) error {
 		err = s.moveTo(next)
 	}
 	s.collecting, s.collected = false, nil
+	if s.journal.broken {
+		s.failing.Store(true) // so GET /healthz says it, and makes it try again
+	}
 	s.fileMu.Unlock()
 
 	if err != nil {
@@ -473,7 +472,7 @@ func (s *store) replay() error {
 		b = newBatch()
 	}
 	lastID, err := s.journal.read(func(changes []byte, line int) {
-		if len(changes) == 0 || len(b.text) > batchSize {
+		if len(changes) == 0 || len(b.text) > batchSize { // no batch skips a line
 			send()
 		}
 		if len(changes) > 0 {
@@ -718,9 +717,10 @@ func (j *journal) writeSnapshot(all snapshot, lastID string, inBackground bool) 
 	fmt.Fprintf(w, headerFormat, lastID)
 	separator, line, count := "\n", []byte(nil), 0
 	all(func(c change) {
-		var lineErr error
-		line, lineErr = c.appendJSON(line[:0])
-		err = cmp.Or(err, lineErr)
+		if err != nil {
+			return // the rest would be in vain
+		}
+		line = c.appendJSON(line[:0])
 		w.WriteString(separator)
 		w.Write(line)
 		separator = ",\n"
@@ -728,7 +728,7 @@ func (j *journal) writeSnapshot(all snapshot, lastID string, inBackground bool) 
 			// An fsync of FILE could wait for all of this (ext4). So this is written in
 			// parts, and FILE has the disk to itself for half of the time.
 			begin := time.Now()
-			err = cmp.Or(err, w.Flush(), j.disk.do("sync", j.path, j.file.Sync))
+			err = cmp.Or(w.Flush(), j.disk.do("sync", j.path, j.file.Sync))
 			time.Sleep(time.Since(begin))
 		}
 	})
@@ -743,8 +743,7 @@ func (j *journal) writeSnapshot(all snapshot, lastID string, inBackground bool) 
 	return err
 }
 
-// append returns nil once the changes are on disk. It does not modify path or file,
-// which may be read meanwhile.
+// append returns nil once the changes are on disk.
 func (j *journal) append(changes [][]byte) error {
 	if len(changes) == 0 {
 		return nil
