@@ -795,10 +795,9 @@ func (j *journal) close() {
 	}
 }
 
-// read calls use with the changes of each line, in JSON and separated by commas,
-// which are valid until use returns. It drops an incomplete last line, which was
-// never acknowledged. It returns the last id of the snapshot, or errNoChecksum for
-// a file that was edited by hand.
+// read calls use with the changes of each line, in JSON and separated by commas. It
+// drops an incomplete last line, which was never acknowledged. It returns the last
+// id of the snapshot, or errNoChecksum for a file that was edited by hand.
 func (j *journal) read(use func(changes []byte, line int)) (lastID string, err error) {
 	info, err := j.file.Stat()
 	if err != nil {
@@ -845,16 +844,8 @@ func (j *journal) read(use func(changes []byte, line int)) (lastID string, err e
 }
 
 // readLine returns the next line with its line end, which the last one may lack.
-// The line is valid until r is used again: copying each would slow a start by a
-// tenth.
 func readLine(r *bufio.Reader) ([]byte, error) {
-	line, err := r.ReadSlice('\n')
-	if err == bufio.ErrBufferFull {
-		var rest []byte
-		line = bytes.Clone(line)
-		rest, err = r.ReadBytes('\n')
-		line = append(line, rest...)
-	}
+	line, err := r.ReadBytes('\n')
 	if err == io.EOF && len(line) > 0 {
 		err = nil
 	}
