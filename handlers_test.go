@@ -690,8 +690,8 @@ func TestLog(t *testing.T) {
 
 // The command:
 
-// startCommand runs the command in this process. The returned stop
-// ends it, and returns all that it has printed.
+// startCommand runs the command in this process. The returned stop ends it, and
+// returns all that it has printed.
 func startCommand(t *testing.T, flags ...string) (c *client, stop func() (output string)) {
 	ctx, cancel := context.WithCancel(t.Context())
 	r, stderr, err := os.Pipe()

@@ -128,7 +128,7 @@ func (s *store) newID() string {
 	return strconv.FormatUint(s.lastID, 36)
 }
 
-// idShape leaves room for new ids: the first character is not z.
+// idShape matches every id. loadEdited makes sure that there is room for new ones.
 var idShape = regexp.MustCompile(`^[1-9a-y][0-9a-z]{8}$`)
 
 // usedID makes sure that newID returns higher ids from now on.
@@ -604,6 +604,9 @@ func (s *store) loadEdited() error {
 		if err := s.apply(c); err != nil {
 			return fmt.Errorf("changes[%d]: %w; correct it, or restore a backup", n, err)
 		}
+	}
+	if id := strconv.FormatUint(s.lastID, 36); id[0] == 'y' {
+		return fmt.Errorf("the id %s leaves no room for new ones; correct it", id)
 	}
 	return nil
 }
