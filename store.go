@@ -47,7 +47,8 @@ type store struct {
 	journal        *journal   // nil if everything is kept in memory only
 	collecting     bool       // a compaction is running
 	collected      [][]byte   // the changes since it began, in JSON
-	nextCompaction time.Time  // not before this time
+	lastCompaction time.Time  // when it began, in the background
+	compactFailed  bool       // the last compaction failed
 	closed         bool
 
 	compacting sync.Mutex  // held by the one compaction that may run
@@ -274,24 +275,22 @@ func (s *store) logHealth(failedBefore bool, err error) {
 	}
 }
 
-// compactInBackground starts a compaction, at most once a second. The caller
-// holds fileMu.
+// compactInBackground starts a compaction, at most once a second, or once a minute
+// if the last one failed and FILE works without it. The caller holds fileMu.
 func (s *store) compactInBackground() {
-	if time.Now().Before(s.nextCompaction) || !s.compacting.TryLock() {
+	wait := time.Second
+	if s.compactFailed && !s.journal.broken {
+		wait = time.Minute
+	}
+	if time.Since(s.lastCompaction) < wait || !s.compacting.TryLock() {
 		return
 	}
-	s.nextCompaction = time.Now().Add(time.Second)
+	s.lastCompaction = time.Now()
 	go func() {
 		err := s.compact(true)
 		s.compacting.Unlock()
-		if err == nil {
-			return
-		}
-		s.logger.Error("cannot compact the data file; will try again", "error", err)
-		s.fileMu.Lock()
-		defer s.fileMu.Unlock()
-		if !s.journal.broken {
-			s.nextCompaction = time.Now().Add(time.Minute)
+		if err != nil {
+			s.logger.Error("cannot compact the data file; will try again", "error", err)
 		}
 	}()
 }
@@ -322,6 +321,7 @@ func (s *store) compact(inBackground bool) error {
 		err = s.moveTo(next)
 	}
 	s.collecting, s.collected = false, nil
+	s.compactFailed = err != nil
 	if s.journal.broken {
 		s.failing.Store(true) // so GET /healthz says it, and makes it try again
 	}

@@ -1726,7 +1726,7 @@ func (s *testStore) compact() error {
 func (s *store) compactSoon() {
 	s.fileMu.Lock()
 	defer s.fileMu.Unlock()
-	s.journal.count, s.nextCompaction = 1<<30, time.Time{}
+	s.journal.count, s.lastCompaction = 1<<30, time.Time{}
 }
 
 // abandon leaves FILE as it is, as the end of a process would.
