@@ -100,7 +100,7 @@ func TestNoRouteIsForgotten(t *testing.T) {
 			}
 		}
 	}
-	_, table, _ := strings.Cut(readme(), "\n## API reference\n")
+	_, table, _ := strings.Cut(readText("README.md"), "\n## API reference\n")
 	for _, pattern := range s.patterns {
 		if !played[pattern] {
 			t.Errorf("%s: there is no transcript of it in testdata/api", pattern)
@@ -138,13 +138,15 @@ func TestNewRoutes(t *testing.T) {
 	extended.expect("GET /ideas/export", "", "200")
 }
 
-func readme() string { return strings.ReplaceAll(string(must(os.ReadFile("README.md"))), "\r", "") }
+func readText(path string) string {
+	return strings.ReplaceAll(string(must(os.ReadFile(path))), "\r", "")
+}
 
 // TestTour plays the curl lines of the README's tour. Each response must be the
 // one shown there, except for ids, times and tokens.
 func TestTour(t *testing.T) {
 	c := newClient(t, newTestServer(t))
-	_, tour, _ := strings.Cut(readme(), "## A tour")
+	_, tour, _ := strings.Cut(readText("README.md"), "## A tour")
 	_, tour, _ = strings.Cut(tour, "```sh\n")
 	tour, _, _ = strings.Cut(tour, "```")
 	varying := regexp.MustCompile(`"(jwt|refresh_token|id)":"[^"]*"|"created_at":\d+`)
@@ -720,7 +722,7 @@ func startCommand(t *testing.T, flags ...string) (c *client, stop func() (output
 	}
 }
 
-// TestCommand starts the command in an empty directory, twice.
+// TestCommand starts the command in an empty directory, and again with a line that is incomplete.
 func TestCommand(t *testing.T) {
 	const welcome = "Idea Pool is at (http://127.0.0.1:\\d+)\n  data: ideapool.json\n  key:  ideapool.pem\nTry it:\n" +
 		"  curl http://127.0.0.1:\\d+/users -d email=me@example.org -d name=Me -d password=the-Secret-123\n"
@@ -741,6 +743,7 @@ func TestCommand(t *testing.T) {
 			}
 		}
 	}
+	writeFile(t, "ideapool.json", append(must(os.ReadFile("ideapool.json")), '{')) // an incomplete line
 	names := c.names
 	c, stop = startCommand(t, "-quiet")
 	c.names = names
@@ -749,8 +752,8 @@ func TestCommand(t *testing.T) {
 	}
 	c.expect("POST /access-tokens/refresh", `{"refresh_token":"$refresh"}`, "200")
 	c.expect("POST /access-tokens", jacksLogin, "201")
-	if output := stop(); !regexp.MustCompile("^" + welcome + "$").MatchString(output) {
-		t.Errorf("with -quiet, got the output\n%s\nwant\n%s", output, welcome)
+	if output := stop(); !regexp.MustCompile("^time=.* level=WARN .* line=8\n" + welcome + "$").MatchString(output) {
+		t.Errorf("with -quiet, got the output\n%s\nwant a warning about line 8 and\n%s", output, welcome)
 	}
 }
 
@@ -771,7 +774,7 @@ func TestCommandInMemory(t *testing.T) {
 			t.Errorf("a header of %d bytes: got status %d, want %d", size, resp.StatusCode, want)
 		}
 	}
-	if output := stop(); runtime.GOOS != "windows" && !regexp.MustCompile("level=WARN .*ideapool.pem").MatchString(output) {
+	if output := stop(); runtime.GOOS != "windows" && !regexp.MustCompile("level=WARN .*chmod 600.*ideapool.pem").MatchString(output) {
 		t.Errorf("got the output\n%s\nwant a warning about the key", output)
 	}
 	if files := must(os.ReadDir(".")); len(files) != 1 || files[0].Name() != "ideapool.pem" {
@@ -790,10 +793,16 @@ func TestBadStarts(t *testing.T) {
 	if exec.Command("mkfifo", "fifo").Run() != nil { // there are none on Windows
 		os.Mkdir("fifo", 0o700)
 	}
-	if symlink("garbage", "link") != nil || symlink(".", "here") != nil {
-		t.Skip("this system has no symbolic links")
+	for link, target := range map[string]string{"link": "garbage", "here": ".", "null": os.DevNull, "dangling": "nothing", "held2": "held"} {
+		if symlink(target, link) != nil {
+			t.Skip("this system has no symbolic links")
+		}
 	}
-	before := readDirectory()
+	mustStart(t, "held", noSync)
+	for _, name := range []string{"garbage", "blocked", "ideas"} {
+		writeFile(t, name+".lock", nil) // which a start may make
+	}
+	before := filesIn(".")
 	stopped, stop := context.WithCancel(t.Context()) // if it starts, it stops at once
 	stop()
 	const (
@@ -830,8 +839,13 @@ func TestBadStarts(t *testing.T) {
 		{"-data garbage", "-data garbage: damaged.*"},
 		{"-data blocked.tmp", "-data blocked.tmp: not a regular file.*"},
 		{"-data fifo", "-data fifo: not a regular file.*"},
+		{"-data null", "-data null: not a regular file.*"},
+		{"-data held", "-data held: " + errLocked.Error()},
+		{"-data held2", "-data held2: " + errLocked.Error()},
+		{"-data dangling", "-data dangling: .*"},
+		{"-data garbage/data", "-data garbage/data: .*; check that .*"},
 		{"-data missing/data", "-data missing/data: .*; check that .*"},
-		{"-data blocked", "-data blocked: .*; check that .*"},
+		{"-data blocked", "-data blocked: .*; remove it by hand; check that .*"},
 	} {
 		var stderr bytes.Buffer
 		defaults := []string{"-addr", "localhost:0", "-data", "", "-key", "unused.pem"}
@@ -843,22 +857,8 @@ func TestBadStarts(t *testing.T) {
 		if !regexp.MustCompile(want).MatchString(fmt.Sprint(err)) || errors.Is(err, errUsage) != isUsage || stderr.Len() > 0 {
 			t.Errorf("%s: got the error %v and the output %q, want %s", test.args, err, &stderr, want)
 		}
-		if after := readDirectory(); !maps.Equal(after, before) {
-			t.Errorf("%s: got the files %v, want %v", test.args, after, before)
-		}
+		compare(t, test.args+": the files", filesIn("."), before)
 	}
-}
-
-// readDirectory returns the files in the working directory, other than locks.
-func readDirectory() map[string]string {
-	files := make(map[string]string)
-	for _, file := range must(os.ReadDir(".")) {
-		if files[file.Name()] = file.Type().String(); file.Type().IsRegular() {
-			files[file.Name()] = string(must(os.ReadFile(file.Name())))
-		}
-	}
-	maps.DeleteFunc(files, func(name, _ string) bool { return filepath.Ext(name) == ".lock" })
-	return files
 }
 
 // TestFlagsAndOutput tests defaults, help, exit status, and what is printed at startup.
