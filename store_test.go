@@ -282,7 +282,9 @@ func TestManyAtOnceDuringCompactions(t *testing.T) {
 		for i := range 1000 {
 			c := randomChange(r, models[n], s.newID)
 			wantError(t, inJSON(c), s.commit(c), models[n].do(c))
-			checkPage(t, s.store, reads, 1+i%3)
+			for page := range 3 {
+				checkPage(t, s.store, reads, 1+page)
+			}
 			if i%10 == 0 && i < 900 {
 				s.compactSoon()
 			}
@@ -925,7 +927,7 @@ func TestABrokenFile(t *testing.T) {
 		before := readFiles(t, s.path)
 		failing, attempts = true, 0
 		for n := range 6 {
-			wantError(t, "a change", s.commit(somebody(1).logIn("key", 10)), errNotSaved)
+			atOnce(3, func(int) { wantError(t, "a change", s.commit(somebody(1).logOut("", 1)), errNotSaved) })
 			wantError(t, "check", s.check(), errNotSaved)
 			synctest.Wait()
 			compare(t, "the attempts to heal", attempts, 1+n/2)
@@ -965,6 +967,10 @@ func TestAFailedPartOfASnapshot(t *testing.T) {
 			compare(t, "the fsyncs, none after one that fails", syncs, min(fails, parts))
 			s.survivesAKill("after a compaction")
 		}
+		s.must(somebody(1).logOut("", 0))
+		syncs = 0
+		wantError(t, "a stop", s.close(), nil)
+		compare(t, "the fsyncs of a stop, which has nobody to make way for", syncs, 1)
 	})
 }
 
