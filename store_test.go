@@ -977,7 +977,9 @@ func TestAFailedPartOfASnapshot(t *testing.T) {
 		}
 		s.must(somebody(1).logOut("", 0))
 		syncs = 0
+		old := s.journal.file
 		wantError(t, "a stop", s.close(), nil)
+		wantError(t, "the file that was replaced", old.Close(), os.ErrClosed)
 		compare(t, "the fsyncs of a stop, which has nobody to make way for", syncs, 1)
 	})
 }
