@@ -237,8 +237,7 @@ func TestTemporaryFilesAreNew(t *testing.T) {
 	}
 }
 
-// TestRivals lets eight sign-ups with one e-mail compete, and then two deletes of an idea among updates: one of each
-// wins.
+// TestRivals lets eight sign-ups with one e-mail compete, and then two deletes among updates: one of each wins.
 func TestRivals(t *testing.T) {
 	t.Parallel()
 	s, ann := newTestStore(t, noSync), somebody(1)
