@@ -149,7 +149,7 @@ func TestABackup(t *testing.T) {
 	compare(t, "there are 20 copies or more", len(copies) >= 20, true)
 }
 
-// TestACrashUnderManyClients checks before every file operation what each kind of crash leaves, while eight people write.
+// TestACrashUnderManyClients checks before each file operation what each kind of crash leaves, while eight people write.
 func TestACrashUnderManyClients(t *testing.T) {
 	fake := newFakeDisk()
 	s := newTestStore(t, fake.step)
@@ -304,7 +304,7 @@ func TestManyAtOnceDuringCompactions(t *testing.T) {
 	s.survivesAKill("after a restart")
 }
 
-// checkPage wants a page to be in order and full, while there is no telling which ideas it has.
+// checkPage wants a page to be in order and full. It cannot know which ideas are on it.
 func checkPage(t *testing.T, s *store, owner string, page int) {
 	list, total := s.pageOfIdeas(owner, page)
 	var ideas []idea
@@ -315,7 +315,7 @@ func checkPage(t *testing.T, s *store, owner string, page int) {
 	}
 }
 
-// TestChangesShareAnFsync lets 64 people come one after the other. The first must wait for those who follow.
+// TestChangesShareAnFsync starts 64 changes at short intervals. The first must wait for those that follow.
 func TestChangesShareAnFsync(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	var syncs atomic.Int32
@@ -338,7 +338,7 @@ func TestChangesShareAnFsync(t *testing.T) {
 	}
 }
 
-// Recovery: what was never acknowledged is dropped. Other damage is rejected, and nothing is touched.
+// Recovery: what was never acknowledged is dropped. Other damage is rejected, and no file is changed.
 
 // TestFileCutAnywhere opens every prefix of FILE. Each holds its whole commits, and no part of the next.
 func TestFileCutAnywhere(t *testing.T) {
@@ -380,7 +380,7 @@ func TestAFlippedBitIsRejected(t *testing.T) {
 	values, _ := example(t)
 	file, path := strings.Join(values, ""), scratch(t)
 	for at := range len(file) - 1 {
-		place := "" // in the snapshot, another line may show it
+		place := "" // in the snapshot, the error may name a later line
 		if at >= len(values[0]) {
 			place = fmt.Sprintf("line %d: ", 1+strings.Count(file[:at], "\n"))
 		}
@@ -405,7 +405,7 @@ func TestALostBlock(t *testing.T) {
 			name := fmt.Sprintf("value %d of %d without the bytes %d", at+1, len(values), lost)
 			if at == last {
 				compare(t, name, f.read(t, path), states[last-1])
-			} else if at < last-1 || lost[1] < n { // else it is one line with the last
+			} else if at < last-1 || lost[1] < n { // else it has lost its newline, and is the last line
 				f.rejected(t, path, name, "")
 			}
 		}
@@ -464,6 +464,7 @@ func TestRejectedFiles(t *testing.T) {
 		case parts["~"] != nil:
 			rejected(withChecksums(parts["~"]...), err)
 		case parts["-"] != nil:
+			checkHolds(t, lines[0]+": the example", values[0], parts["-"][0])
 			rejected(strings.Replace(values[0], parts["-"][0], parts["+"][0], 1)+"}", err)
 		case parts["&"] != nil:
 			added := withChecksums(append(values, `{"changes":[`+parts["&"][0]+"]")...)
@@ -530,7 +531,7 @@ func TestAnyOrder(t *testing.T) {
 	}
 }
 
-// TestWhenToCompact makes logouts, which are outdated at once, until a compaction. In a snapshot they do not count.
+// TestWhenToCompact makes logouts until FILE has more changes than store.write allows. Those in a snapshot do not count.
 func TestWhenToCompact(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -556,11 +557,11 @@ func TestWhenToCompact(t *testing.T) {
 			compare(t, when+", the compactions", compactions-before, want)
 		}
 		s.must(somebody(1).signUp("a@example.org"))
-		const most = 1000 + 2*2       // there is a user and a session
-		logOut("at first", most-1, 0) // the sign-up was another change
+		const most = 1000 + 2*2       // a snapshot has two changes: a user and a session
+		logOut("at first", most-1, 0) // after a line with one change, the sign-up
 		logOut("at first", 1, 1)
 		for n := range 2 {
-			logOut("later", most-2, 0) // the snapshot has two changes
+			logOut("later", most-2, 0) // after a snapshot
 			logOut("later", 1, 1)
 			s.restart()
 			compare(t, "the compactions, none by a restart without changes", compactions, 3+n)
@@ -596,13 +597,13 @@ func TestBytesOfACreate(t *testing.T) {
 
 // Crashes and failures:
 
-// crashes can happen to a disk. A kill loses nothing. POSIX does not say in what order bytes and names that were not
-// fsynced reach the disk, so a power loss may lose all of them, or spare some.
+// crashes are those that the tests look at. A kill loses nothing. A power loss may lose all that was not fsynced, or some
+// of it: POSIX does not say in what order bytes and names reach the disk.
 var crashes = []string{"a kill", "a power loss", "a loss of bytes", "a loss of half the bytes", "a lost block"}
 
 // TestACrashLosesNothing checks before every file operation what each kind of crash leaves: what was acknowledged, and
-// all or nothing of the change under way, which nobody sees yet. The next start may crash, too. On CIFS, for example, the
-// fsync of a directory returns an error.
+// and the change under way as a whole or not at all, while nobody sees it yet. The next start may crash, too. On some file
+// systems, such as CIFS, the fsync of a directory returns an error.
 func TestACrashLosesNothing(t *testing.T) {
 	t.Parallel()
 	var done []change
@@ -655,7 +656,7 @@ func playWithFailures(t *testing.T, seen map[string]bool, first, second int) boo
 	for _, effect := range []string{"no effect", "half its effect", "its whole effect"} {
 		synctest.Test(t, func(t *testing.T) {
 			count = 0
-			p := newPlayer(t, second)
+			p := newPlayer(t, second) // each time with other changes
 			p.seen = seen
 			p.fake.inject = func(op, path string, do func() error) error {
 				if count++; count-1 != first && count-1 != second {
@@ -689,9 +690,9 @@ type player struct {
 	left          int      // changes to be made in this run
 	ids           int      // used so far
 	done          []change // what was acknowledged
-	next          []change // what there is if the change under way succeeds
-	interruptions int
-	failed        bool // FILE has failed
+	next          []change // done, and the change under way
+	interruptions int      // changes made during a compaction
+	failed        bool     // an operation on FILE has failed
 }
 
 func newPlayer(t *testing.T, seed int) *player {
@@ -773,7 +774,7 @@ func (p *player) try(c change) error {
 	return err
 }
 
-// step lets everybody go on who can. Then, while a compaction makes FILE.tmp or writes to it, and does not hold
+// step waits until all other goroutines do. Then, while a compaction creates FILE.tmp or writes to it, and does not hold
 // fileMu, it makes another change.
 func (p *player) step(op, path string, do func() error) error {
 	synctest.Wait()
@@ -781,7 +782,7 @@ func (p *player) step(op, path string, do func() error) error {
 	if isTemporary && 1 < p.left && p.left < 5 && p.fileMu.TryLock() {
 		p.fileMu.Unlock()
 		p.interruptions++
-		p.try(p.randomChange()) // and if it fails, nobody tries again
+		p.try(p.randomChange()) // only once
 	}
 	return p.fake.step(op, path, do)
 }
@@ -794,8 +795,8 @@ func (p *player) look(when string) {
 	p.lookAt(when, p.fake, 0, want)
 }
 
-// lookAt checks what each kind of crash would leave and, again times, what another
-// crash during the next start would. What that start has shown must be durable.
+// lookAt checks what each kind of crash would leave and, if again is 1, what another crash during the next start would.
+// What that start has shown must be durable.
 func (p *player) lookAt(when string, d *fakeDisk, again int, want ...string) {
 	for _, kind := range crashes {
 		next, when := d.after(kind), when+", "+kind
@@ -825,10 +826,10 @@ func (p *player) lookAt(when string, d *fakeDisk, again int, want ...string) {
 type fakeDisk struct {
 	mu            sync.Mutex
 	files         []fakeFile
-	live, durable map[string]int  // which of the files has a name
+	live, durable map[string]int  // the index of the file with this name
 	before        func(op string) // called before each operation
 	inject        disk
-	misused       bool // a broken file was written
+	misused       bool // a file was written to after it broke
 }
 
 type fakeFile struct {
@@ -844,7 +845,7 @@ func newFakeDisk() *fakeDisk {
 func (d *fakeDisk) after(kind string) *fakeDisk {
 	next := &fakeDisk{files: slices.Clone(d.files), live: maps.Clone(d.live), durable: maps.Clone(d.live)}
 	switch kind {
-	case "a kill": // what was not fsynced still can be lost
+	case "a kill": // a later power loss can still lose what was not fsynced
 		next.durable = maps.Clone(d.durable)
 		return next
 	case "a power loss":
@@ -1118,7 +1119,7 @@ var checksum = regexp.MustCompile(`,"crc32c":"\w+"`)
 var errInjected = errors.New("injected")
 var quiet = slog.New(slog.DiscardHandler)
 
-// A person is a user's id, and makes changes.
+// A person is a user's id. Its methods return changes of this user.
 type person string
 
 func somebody(n int) person { return person(fmt.Sprintf("user%05d", n)) }
@@ -1134,7 +1135,7 @@ func (p person) logIn(key string, second int64) change {
 	return change{Session: &session{Key: key, UserID: string(p), Start: second, Expires: second + 100}}
 }
 
-// logOut ends an access token that expires that many seconds into the year 2100.
+// logOut ends an access token that expires so many seconds after the year 2100 has begun.
 func (p person) logOut(key string, seconds int64) change {
 	return change{Logout: &logout{tokenID: tokenID{string(p), 4_102_444_800 + seconds}, Key: key}}
 }
@@ -1194,7 +1195,7 @@ type belongings struct {
 	lastLogin int64
 }
 
-// do makes a change, or returns why it must be rejected.
+// do notes a change, or returns why it must be rejected.
 func (m model) do(c change) error {
 	switch {
 	case c.User != nil:
@@ -1327,7 +1328,7 @@ func wantError(t testing.TB, name string, got, want error) {
 type testStore struct {
 	*store
 	t       testing.TB
-	scratch string // another path
+	scratch string // the path of a copy of FILE
 	modelMu sync.Mutex
 	model   model
 }
@@ -1463,7 +1464,7 @@ func halfWrite(path string, do func() error) error {
 // scratch is the path of a FILE in a directory of its own.
 func scratch(t testing.TB) string { return filepath.Join(t.TempDir(), dataName) }
 
-// files are FILE and FILE.tmp, by name.
+// files are the contents of FILE and FILE.tmp, by name.
 type files map[string]string
 
 func readFiles(t testing.TB, path string) files {
@@ -1504,7 +1505,7 @@ func (f files) read(t testing.TB, path string) string {
 	return contents(s)
 }
 
-// rejected fails the test unless opening returns an error of one line with a text, and leaves the files as they are.
+// rejected wants an error of one line that contains text when a store opens the files, and the files as they are.
 func (f files) rejected(t *testing.T, path, name, text string) {
 	t.Helper()
 	if got := f.read(t, path); got == "" || !strings.Contains(got, text) || strings.Contains(got, "\n") {
@@ -1534,10 +1535,10 @@ func example(t *testing.T, more ...change) (values, states []string) {
 	return regexp.MustCompile(`(?s).*?"crc32c":"\w{8}"}\n`).FindAllString(s.file(), -1), states
 }
 
-// laterLine is what follows the snapshot, without its end.
+// laterLine is a line that follows the snapshot, without its checksum.
 func laterLine(c change) string { return `{"changes":[` + inJSON(c) + "]" }
 
-// withChecksums makes a FILE of values that lack their ends.
+// withChecksums makes a FILE of values, each without its checksum and last brace.
 func withChecksums(values ...string) string {
 	var file strings.Builder
 	sum, castagnoli := uint32(0), crc32.MakeTable(crc32.Castagnoli)
@@ -1649,7 +1650,7 @@ func (p *process) underLoad(t *testing.T, users []*loadUser, writes int, end os.
 type loadUser struct {
 	id, access string
 	idea       string // the last response: JSON, or nothing after a delete
-	underWay   string // what a change without a response leaves: a part of the JSON, or nothing
+	underWay   string // a part of the JSON after a change that had no response, or nothing after such a delete
 }
 
 // newLoadUsers makes 128 users, and a FILE that knows them, so that no hashes need to be computed first.
