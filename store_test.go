@@ -2,9 +2,7 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"cmp"
-	"context"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -15,6 +13,7 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -32,10 +31,9 @@ import (
 	"time"
 )
 
-// These tests hold the store to the promise at the top of store.go. They keep a plain model of what was acknowledged:
-// whatever happens, the contents of the store must be the same text. And they make everything fail that can: FILE is
-// damaged, the power is lost, an operation on the disk fails (the type disk is the seam), and the server, in a
-// process of its own, is killed.
+// These tests hold the store to the promise at the top of store.go. They keep a plain model of what was acknowledged;
+// whatever happens, the contents of the store must be the same text. And they let everything fail that can: FILE is
+// damaged, the power is lost, an operation on the disk fails (see the type disk), and the server is killed.
 
 var long = flag.Bool("long", false, "kill the server many times, which takes minutes")
 var update = flag.Bool("update", false, "write testdata/ideapool.json anew")
@@ -479,11 +477,7 @@ func TestRejectedFiles(t *testing.T) {
 func TestHandEdits(t *testing.T) {
 	values, states := example(t)
 	plain := checksum.ReplaceAllString(values[0], "")
-	indented := func(text string) string {
-		var b bytes.Buffer
-		err := json.Indent(&b, []byte(text), "", "  ")
-		return must(b.String(), err)
-	}
+	indented := func(text string) string { return string(must(json.MarshalIndent(json.RawMessage(text), "", "  "))) }
 	var doc any
 	json.Unmarshal([]byte(plain), &doc)
 	sorted := string(must(json.Marshal(doc))) // keys in another order, and 5.0 turned into 5
@@ -1054,8 +1048,8 @@ func TestTerminateUnderLoad(t *testing.T) {
 	}
 }
 
-// TestTerminateWhileReading ends a start at once, even if FILE is large.
-func TestTerminateWhileReading(t *testing.T) {
+// TestTerminateAtOnce ends the start with a large FILE, and then, by another signal, a stop that waits for a request.
+func TestTerminateAtOnce(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("it has no signals")
 	}
@@ -1069,8 +1063,20 @@ func TestTerminateWhileReading(t *testing.T) {
 	}
 	p.Process.Signal(syscall.SIGTERM)
 	p.Wait()
-	compare(t, "the end", p.ProcessState, "signal: terminated")
+	compare(t, "the end of a start", p.ProcessState, "signal: terminated")
 	compare(t, "FILE", readFiles(t, path), before)
+
+	p = startProcess(t, scratch(t))
+	conn := must(net.Dial("tcp", strings.TrimPrefix(p.waitForURL(), "http://")))
+	defer conn.Close()
+	conn.Write([]byte("GET /healthz")) // and no more
+	go func() {
+		for p.Process.Signal(syscall.SIGTERM) == nil {
+			time.Sleep(10 * time.Millisecond)
+		}
+	}()
+	p.Wait()
+	compare(t, "the end of a stop", p.ProcessState, "signal: terminated")
 }
 
 // TestLogoutSurvivesAKill logs in again in the second of the old login: the new token could equal the old one.
@@ -1100,9 +1106,7 @@ func TestAPanicEndsTheProcess(t *testing.T) {
 		return
 	}
 	path := scratch(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // if it hangs instead
-	defer cancel()
-	command := exec.CommandContext(ctx, os.Args[0], "-test.run=^"+t.Name()+"$")
+	command := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.timeout=20s") // if it hangs instead
 	command.Env = append(os.Environ(), panicEnv+"="+path)
 	output, err := command.CombinedOutput()
 	if command.ProcessState.ExitCode() != 2 || !strings.Contains(string(output), "assignment to entry in nil map") {
@@ -1579,10 +1583,7 @@ func startProcess(t *testing.T, path string, flags ...string) *process {
 		return url
 	})
 	p.Env, p.Stderr = append(os.Environ(), serveEnv+"=1"), w
-	if err = cmp.Or(err, p.Start()); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(p.kill)
+	t.Cleanup(must(p, cmp.Or(err, p.Start())).kill)
 	return p
 }
 
@@ -1655,12 +1656,11 @@ type loadUser struct {
 
 // newLoadUsers makes 128 users, and a FILE that knows them, so that no hashes need to be computed first.
 func newLoadUsers(t *testing.T) (path string, users []*loadUser) {
-	s := newTestStore(t, noSync)
+	s, tokens := newTestStore(t, noSync), newTokens(rfcKey())
 	for n := range 128 {
 		p := person(s.newID())
 		s.must(p.signUp(fmt.Sprintf("%d@example.org", n)))
-		access := must(newTokens(rfcKey()).sign(claims{UserID: string(p), Expires: 1e10}))
-		users = append(users, &loadUser{id: string(p), access: access})
+		users = append(users, &loadUser{id: string(p), access: must(tokens.sign(claims{UserID: string(p), Expires: 1e10}))})
 	}
 	abandon(s.store)
 	return s.path, users
