@@ -722,7 +722,7 @@ func startCommand(t *testing.T, flags ...string) (c *client, stop func() (output
 	}
 }
 
-// TestCommand starts the command in an empty directory, and again with a line that is incomplete.
+// TestCommand starts the command twice; the second time, FILE ends with half a line.
 func TestCommand(t *testing.T) {
 	const welcome = "Idea Pool is at (http://127.0.0.1:\\d+)\n  data: ideapool.json\n  key:  ideapool.pem\nTry it:\n" +
 		"  curl http://127.0.0.1:\\d+/users -d email=me@example.org -d name=Me -d password=the-Secret-123\n"
@@ -743,7 +743,7 @@ func TestCommand(t *testing.T) {
 			}
 		}
 	}
-	writeFile(t, "ideapool.json", append(must(os.ReadFile("ideapool.json")), '{')) // an incomplete line
+	writeFile(t, "ideapool.json", append(must(os.ReadFile("ideapool.json")), '{'))
 	names := c.names
 	c, stop = startCommand(t, "-quiet")
 	c.names = names
