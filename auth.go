@@ -467,14 +467,13 @@ func (m *memory) addSession(s *session) error {
 
 // logOut applies a logout. There may be no session to end.
 func (m *memory) logOut(l logout) error {
-	a := m.accounts[l.UserID]
-	if a == nil {
+	if m.accounts[l.UserID] == nil {
 		return errInconsistent
 	}
 	if s := m.sessions[l.Key]; s != nil && s.UserID == l.UserID {
 		m.endSession(s)
 	}
-	m.loggedOut[tokenID{a.user.ID, l.Expires}] = struct{}{} // the same string, not a copy
+	m.loggedOut[l.tokenID] = struct{}{}
 	return nil
 }
 

@@ -46,7 +46,7 @@ func (a average) MarshalJSON() ([]byte, error) {
 type storedIdea struct {
 	Owner string `json:"owner"` // a user id
 	Idea  idea   `json:"idea"`
-	json  []byte // of Idea; made once, served and saved as it is
+	json  []byte // of Idea, made once
 }
 
 // An ideaKey finds an idea for its owner, and for nobody else.
@@ -63,7 +63,7 @@ func (s *server) createIdea(w http.ResponseWriter, r *http.Request, u user) erro
 	if err != nil {
 		return err
 	}
-	i.Idea.ID, i.Idea.Created = s.store.newID(), time.Now().Unix()
+	i.Idea.ID, i.Idea.Created = s.store.ids.next(), time.Now().Unix()
 	return s.saveIdea(w, http.StatusCreated, i, change{Create: i})
 }
 
@@ -120,9 +120,6 @@ func readIdea(w http.ResponseWriter, r *http.Request, u user) (*storedIdea, erro
 
 // saveIdea saves the change that has an idea, and responds with the idea.
 func (s *server) saveIdea(w http.ResponseWriter, status int, i *storedIdea, c change) error {
-	if err := i.encode(); err != nil {
-		return err
-	}
 	if err := s.store.commit(c); err != nil {
 		return err
 	}
@@ -139,8 +136,7 @@ func (i *idea) sum() (sum int) {
 	return sum
 }
 
-// encode checks an idea, from a client or from a file that was edited by hand, and
-// computes its average and its JSON.
+// encode checks an idea, and makes its average and its JSON.
 func (i *storedIdea) encode() (err error) {
 	scores := i.Idea.scores()
 	length := utf8.RuneCountInString(i.Idea.Content)
@@ -150,15 +146,6 @@ func (i *storedIdea) encode() (err error) {
 	i.Idea.Average = average(i.Idea.sum()) / average(len(scores))
 	i.json, err = json.Marshal(i.Idea)
 	return err
-}
-
-// keepJSON extracts the JSON of an idea from that of its change, as appendJSON
-// wrote it: {"create":{"owner":"6d3r16h4n","idea":{…}}}.
-func (c change) keepJSON(text []byte) {
-	if i := cmp.Or(c.Create, c.Update); i != nil {
-		_, text, _ = bytes.Cut(text, []byte(`"idea":`))
-		i.json = bytes.Clone(bytes.TrimSuffix(text, []byte("}}")))
-	}
 }
 
 // readPage reads the number of a page, which is 1 if none is given.
@@ -192,38 +179,10 @@ func links(page, total int) string {
 
 func pagesFor(ideas int) int { return (ideas + pageSize - 1) / pageSize }
 
-// An ideaList is the ideas of one user, in the order of compareIdeas.
-type ideaList []*storedIdea
-
 // compareIdeas puts higher averages first, then newer ideas. The sum of the
 // scores orders ideas as their average does.
 func compareIdeas(a, b *storedIdea) int {
 	return cmp.Or(cmp.Compare(b.Idea.sum(), a.Idea.sum()), cmp.Compare(b.Idea.ID, a.Idea.ID))
-}
-
-func (l *ideaList) add(i *storedIdea) {
-	at, _ := slices.BinarySearchFunc(*l, i, compareIdeas)
-	*l = slices.Insert(*l, at, i)
-}
-
-func (l *ideaList) remove(i *storedIdea) {
-	if at, found := slices.BinarySearchFunc(*l, i, compareIdeas); found {
-		*l = slices.Delete(*l, at, at+1)
-	}
-}
-
-// page returns one page of the list, in JSON.
-func (l ideaList) page(number int) []byte {
-	if number > pagesFor(len(l)) {
-		return []byte("[]")
-	}
-	from := (number - 1) * pageSize
-	page := make([]byte, 0, pageSize*200) // most pages fit
-	for _, i := range l[from:min(from+pageSize, len(l))] {
-		page = append(append(page, ','), i.json...)
-	}
-	page[0] = '['
-	return append(page, ']')
 }
 
 func (s *store) idea(key ideaKey) (*storedIdea, error) {
@@ -234,11 +193,20 @@ func (s *store) idea(key ideaKey) (*storedIdea, error) {
 
 // pageOfIdeas returns a page of a user's list, in JSON, and the number of all
 // their ideas.
-func (s *store) pageOfIdeas(owner string, page int) (list []byte, total int) {
+func (s *store) pageOfIdeas(owner string, number int) (page []byte, total int) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	ideas := s.accounts[owner].ideas
-	return ideas.page(page), len(ideas)
+	if number > pagesFor(len(ideas)) {
+		return []byte("[]"), len(ideas)
+	}
+	from := (number - 1) * pageSize
+	page = make([]byte, 0, pageSize*200) // most pages fit
+	for _, i := range ideas[from:min(from+pageSize, len(ideas))] {
+		page = append(append(page, ','), i.json...)
+	}
+	page[0] = '['
+	return append(page, ']'), len(ideas)
 }
 
 // findIdea does not reveal that an idea is somebody else's.
@@ -255,19 +223,10 @@ func (m *memory) addIdea(i *storedIdea) error {
 	if m.ideas[i.Idea.ID] != nil || a == nil {
 		return errInconsistent
 	}
-	if i.json == nil { // from a file that was edited by hand
-		if err := i.encode(); err != nil {
-			return err
-		}
-	}
-	i.Owner = a.user.ID // the same string, not a copy
-	m.usedID(i.Idea.ID)
+	m.ids.skip(i.Idea.ID)
 	m.ideas[i.Idea.ID] = i
-	if m.loading {
-		a.ideas = append(a.ideas, i)
-	} else {
-		a.ideas.add(i)
-	}
+	at, _ := slices.BinarySearchFunc(a.ideas, i, compareIdeas)
+	a.ideas = slices.Insert(a.ideas, at, i)
 	return nil
 }
 
@@ -286,21 +245,8 @@ func (m *memory) removeIdea(key ideaKey) error {
 		return err
 	}
 	delete(m.ideas, key.ID)
-	if m.loading {
-		i.json = nil // sortLists removes it
-	} else {
-		m.accounts[key.Owner].ideas.remove(i)
-	}
+	a := m.accounts[key.Owner]
+	at, _ := slices.BinarySearchFunc(a.ideas, i, compareIdeas)
+	a.ideas = slices.Delete(a.ideas, at, at+1)
 	return nil
-}
-
-// sortLists finishes the lists of ideas at startup: until then they are unsorted
-// and still hold removed ideas. Doing this once, after the last change, takes the
-// same time whatever the order of the changes.
-func (m *memory) sortLists() {
-	m.loading = false
-	for _, a := range m.accounts {
-		a.ideas = slices.DeleteFunc(a.ideas, func(i *storedIdea) bool { return i.json == nil })
-		slices.SortFunc(a.ideas, compareIdeas)
-	}
 }

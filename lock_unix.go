@@ -3,6 +3,8 @@
 package main
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"syscall"
 )
@@ -18,4 +20,13 @@ func lock(path string) (*os.File, error) {
 		return nil, lockError(err)
 	}
 	return f, nil
+}
+
+// lockError distinguishes a file that another process has locked from a file system
+// that cannot lock files.
+func lockError(err error) error {
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		return errors.New("in use by another process; stop that process first")
+	}
+	return fmt.Errorf("the file system cannot lock files (%w); put this file on another one", err)
 }

@@ -27,7 +27,6 @@ import (
 	"os"
 	"os/signal"
 	"path"
-	"path/filepath"
 	"regexp"
 	"runtime"
 	"runtime/debug"
@@ -185,27 +184,6 @@ func (o options) check() error {
 	return nil
 }
 
-// realPath returns the absolute path of a file that may not exist yet, without
-// symbolic links. It rejects what is not a regular file before anything is opened:
-// opening a named pipe blocks.
-func realPath(name string) (string, error) {
-	name, err := filepath.Abs(name)
-	if err != nil {
-		return "", err
-	}
-	directory, err := filepath.EvalSymlinks(filepath.Dir(name))
-	if err != nil {
-		return "", err
-	}
-	if _, err := os.Lstat(name); errors.Is(err, fs.ErrNotExist) {
-		return filepath.Join(directory, filepath.Base(name)), nil
-	}
-	if err := isRegular(name); err != nil {
-		return "", err
-	}
-	return filepath.EvalSymlinks(name)
-}
-
 func isRegular(name string) error {
 	info, err := os.Stat(name)
 	if err == nil && !info.Mode().IsRegular() {
@@ -257,8 +235,8 @@ func newLogger(w io.Writer, quiet bool) *slog.Logger {
 }
 
 func printWarnings(logger *slog.Logger, o options, s *store) {
-	if s.torn > 0 {
-		logger.Warn("dropped an incomplete last line (it was never acknowledged)", "file", o.data, "line", s.torn)
+	if s.file != nil && s.file.torn > 0 {
+		logger.Warn("dropped an incomplete last line (it was never acknowledged)", "file", o.data, "line", s.file.torn)
 	}
 	for _, name := range []string{o.key, o.data} {
 		if name != "" && !isPrivate(name) {
@@ -533,7 +511,7 @@ func (h headersOnly) Write(b []byte) (int, error) { return len(b), nil }
 
 // healthz responds to GET /healthz.
 func (s *server) healthz(w http.ResponseWriter, _ *http.Request) error {
-	if err := s.store.check(); err != nil {
+	if err := s.store.checkHealth(); err != nil {
 		return err
 	}
 	return writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})

@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,49 +15,80 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
-	"runtime/debug"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 )
 
-// A store keeps everything in memory, where it is read, and in one file, FILE.
-// A change is first appended to FILE, then fsynced, then applied to memory, and
-// then acknowledged. So nobody sees a change that a crash could still lose,
-// nothing ever has to be undone, and a start, which applies the same changes in
-// the same order, ends with the same memory.
+// A store keeps everything in memory, where requests read it, and in one file,
+// FILE. FILE begins with a snapshot of memory, one change per line, and goes on
+// with one line for each commit:
 //
-// Locks are acquired in this order: compacting, fileMu, then queueMu or mu.
+//	{"format":2,"last_id":"6d3r16h4n","changes":[
+//	{"user":{…}},
+//	{"create":{…}}
+//	],"crc32c":"5c1f3a77"}
+//	{"changes":[{"update":{…}},{"delete":{…}}],"crc32c":"99e3f1a2"}
+//
+// A change is first appended to FILE, then fsynced, then applied to memory, and
+// then acknowledged. So nobody sees a change that a crash could still lose, and
+// nothing ever has to be undone. A start applies the same changes in the same
+// order, and so ends with the same memory.
+//
+// One goroutine, the writer, does all of this. It alone writes FILE, and it alone
+// changes memory, for which it locks mu. So it reads memory without the lock.
 type store struct {
-	// mu guards memory and is never held during I/O. Changes are applied with fileMu
-	// held as well, so the holder of fileMu may read everything except lastID
-	// without mu.
-	mu sync.RWMutex
+	mu sync.RWMutex // methods of store lock it, methods of memory do not
 	memory
 
-	queueMu sync.Mutex
-	queue   []*pendingChange
+	file     *dataFile // nil if everything is kept in memory only
+	queue    chan pendingChange
+	stopping chan struct{}  // closed by close
+	running  sync.WaitGroup // the writer
+	failing  atomic.Bool    // the last change could not be saved
+	failedAt time.Time      // when the writer last failed to write FILE anew
 
-	fileMu         sync.Mutex // held to write FILE
-	journal        *journal   // nil if everything is kept in memory only
-	collecting     bool       // a compaction is running
-	collected      [][]byte   // the changes since it began, in JSON
-	lastCompaction time.Time  // when it began, in the background
-	compactFailed  bool       // the last compaction failed
-	closed         bool
-
-	compacting sync.Mutex  // held by the one compaction that may run
-	failing    atomic.Bool // the last change could not be saved
-
-	path   string // FILE
-	torn   int    // the number of an incomplete last line that was dropped at the start
 	lock   *os.File
-	disk   disk
 	logger *slog.Logger
+}
+
+// A record is one JSON value of FILE: the snapshot, or a commit.
+type record struct {
+	Format  int      `json:"format,omitempty"`  // of the snapshot
+	LastID  string   `json:"last_id,omitempty"` // in the snapshot; see idSource
+	Changes []change `json:"changes"`
+
+	// CRC32C is the checksum of all text before it in FILE, except other checksums.
+	// So it reveals lines that were damaged, removed or moved, except at the end.
+	CRC32C string `json:"crc32c,omitempty"`
+}
+
+// A change is one thing that happened, stored with its results, such as ids,
+// times and hashes. One member is set, and for a sign-up two.
+type change struct {
+	User    *user       `json:"user,omitempty"`    // signed up
+	Session *session    `json:"session,omitempty"` // logged in
+	Logout  *logout     `json:"logout,omitempty"`
+	Create  *storedIdea `json:"create,omitempty"`
+	Update  *storedIdea `json:"update,omitempty"`
+	Delete  *ideaKey    `json:"delete,omitempty"`
+	Probe   string      `json:"probe,omitempty"` // nothing happened; see checkHealth
+}
+
+// validate checks what a change says, whether it comes from a handler or from FILE.
+func (c change) validate() error {
+	switch {
+	case c.User != nil:
+		return c.User.validate()
+	case c.Create != nil:
+		return c.Create.encode()
+	case c.Update != nil:
+		return c.Update.encode()
+	}
+	return nil
 }
 
 // memory holds all data, indexed the way it is looked up.
@@ -68,178 +98,23 @@ type memory struct {
 	sessions  map[string]*session    // by key
 	ideas     map[string]*storedIdea // by id
 	loggedOut map[tokenID]struct{}   // access tokens
-	lastID    uint64                 // the highest id so far; see newID
-	loading   bool                   // see sortLists
+	ids       idSource
 }
 
 // An account is a user and what belongs to them.
 type account struct {
 	user     user
-	sessions []*session // oldest first
-	ideas    ideaList
-}
-
-// A change is one thing that happened, stored with its results, such as
-// ids, times and hashes. One member is set, and for a sign-up two.
-type change struct {
-	User    *user       `json:"user,omitempty"`    // signed up
-	Session *session    `json:"session,omitempty"` // logged in
-	Logout  *logout     `json:"logout,omitempty"`
-	Create  *storedIdea `json:"create,omitempty"`
-	Update  *storedIdea `json:"update,omitempty"`
-	Delete  *ideaKey    `json:"delete,omitempty"`
-	Probe   string      `json:"probe,omitempty"` // nothing happened; see check
-
-	line int // of FILE, at startup
+	sessions []*session    // oldest first
+	ideas    []*storedIdea // in the order of compareIdeas
 }
 
 var (
 	errNotSaved     = errors.New("cannot save changes right now; please try again")
-	errInconsistent = errors.New("invalid, or contradicts earlier changes")
-	errLocked       = errors.New("in use by another process; stop that process first")
+	errInconsistent = errors.New("it is invalid, or contradicts earlier changes")
 )
 
-func newMemory() memory {
-	return memory{
-		accounts:  make(map[string]*account),
-		emails:    make(map[string]*account),
-		sessions:  make(map[string]*session),
-		ideas:     make(map[string]*storedIdea),
-		loggedOut: make(map[tokenID]struct{}),
-	}
-}
-
-// check returns errNotSaved if changes cannot be saved. After a failure it tries
-// again, with a probe that is larger than any real change: JSON takes up to six
-// bytes for a byte of a request.
-func (s *store) check() error {
-	if s.failing.Load() {
-		return s.commit(change{Probe: strings.Repeat("-", 6*maxBody)})
-	}
-	return nil
-}
-
-// newID returns an id that is higher than all before it: units of 100 µs since
-// 1970, in base 36, which takes nine characters from 1978 to 2291.
-func (s *store) newID() string {
-	const first = 36 * 36 * 36 * 36 * 36 * 36 * 36 * 36
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.lastID = max(s.lastID+1, uint64(time.Now().UnixMicro()/100), first)
-	return strconv.FormatUint(s.lastID, 36)
-}
-
-// idShape matches every id. loadEdited makes sure that there is room for new ones.
-var idShape = regexp.MustCompile(`^[1-9a-y][0-9a-z]{8}$`)
-
-// usedID makes sure that newID returns higher ids from now on.
-func (m *memory) usedID(id string) {
-	n, _ := strconv.ParseUint(id, 36, 64)
-	m.lastID = max(m.lastID, n)
-}
-
-// A pendingChange waits to be written.
-type pendingChange struct {
-	change
-	json []byte
-	done chan error // receives the result
-}
-
-// commit saves a change, applies it, and returns the result: errNotSaved if the
-// disk fails, errEmailTaken for all but one of the concurrent sign-ups with the
-// same e-mail, errNoIdea if the idea is gone by now. The first change in the
-// queue triggers writing of the whole queue, so changes share an fsync.
-func (s *store) commit(c change) error {
-	p := &pendingChange{change: c, json: c.appendJSON(nil), done: make(chan error, 1)}
-	s.queueMu.Lock()
-	s.queue = append(s.queue, p)
-	first := len(s.queue) == 1
-	s.queueMu.Unlock()
-	if first {
-		// A panic in a separate goroutine ends the process. In a handler's,
-		// net/http would recover it and go on with half-changed memory.
-		go s.commitQueue()
-	}
-	return <-p.done
-}
-
-// appendJSON appends the change as FILE has it. The JSON of an idea exists
-// already. (%q writes Go syntax, which is JSON for the letters and digits of an id.)
-func (c change) appendJSON(b []byte) []byte {
-	switch {
-	case c.Create != nil:
-		return fmt.Appendf(b, `{"create":{"owner":%q,"idea":%s}}`, c.Create.Owner, c.Create.json)
-	case c.Update != nil:
-		return fmt.Appendf(b, `{"update":{"owner":%q,"idea":%s}}`, c.Update.Owner, c.Update.json)
-	}
-	text, _ := json.Marshal(c) // never fails: it is text and numbers
-	return append(b, text...)
-}
-
-func (s *store) commitQueue() {
-	s.fileMu.Lock()
-	queue := s.takeQueue()
-	err := s.write(queue)
-	failedBefore := s.failing.Swap(err != nil) // before anyone hears of the result
-	s.finish(queue, err)
-	s.fileMu.Unlock()
-	s.logHealth(failedBefore, err)
-}
-
-// takeQueue waits while other changes are still arriving, as an fsync costs the
-// same for one change as for all.
-func (s *store) takeQueue() []*pendingChange {
-	for joined := 0; ; runtime.Gosched() {
-		s.queueMu.Lock()
-		queue := s.queue
-		if len(queue) == joined {
-			s.queue = nil
-			s.queueMu.Unlock()
-			return queue
-		}
-		joined = len(queue)
-		s.queueMu.Unlock()
-	}
-}
-
-// write returns nil once the changes are on disk. The caller holds fileMu.
-func (s *store) write(queue []*pendingChange) error {
-	if s.journal == nil {
-		return nil
-	}
-	changes := make([][]byte, len(queue))
-	for n, p := range queue {
-		changes[n] = p.json
-	}
-	err := errNotSaved
-	if !s.journal.broken && !s.closed {
-		err = s.journal.append(changes)
-	}
-	if err == nil && s.collecting {
-		s.collected = append(s.collected, changes...)
-	}
-	if s.journal.broken || s.journal.count > 1000+2*s.size() {
-		s.compactInBackground()
-	}
-	return err
-}
-
-// finish applies the changes, unless they could not be written, and reports the
-// result to those who wait. The caller holds fileMu.
-func (s *store) finish(queue []*pendingChange, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, p := range queue {
-		if err != nil {
-			p.done <- errNotSaved
-		} else {
-			p.done <- s.apply(p.change)
-		}
-	}
-}
-
-// apply makes a change in memory, at startup and afterwards. It decides races: a
-// change that loses is in FILE, too, but has no effect, now or at startup.
+// apply makes a change. After an error, nothing has changed. It decides races
+// (errEmailTaken, errNoIdea): the loser is in FILE, too, but has no effect.
 func (m *memory) apply(c change) error {
 	switch {
 	case c.User != nil:
@@ -260,615 +135,609 @@ func (m *memory) apply(c change) error {
 	return errInconsistent
 }
 
-// size returns the number of changes in a snapshot, not counting logouts, which
-// are temporary.
-func (m *memory) size() int { return len(m.accounts) + len(m.sessions) + len(m.ideas) }
-
-// logHealth logs the first failure, and the recovery. The caller holds no lock,
-// as the log may block.
-func (s *store) logHealth(failedBefore bool, err error) {
-	switch {
-	case err != nil && !failedBefore:
-		s.logger.Error("cannot save changes; check the disk that holds the data file", "error", err)
-	case err == nil && failedBefore:
-		s.logger.Warn("changes can be saved again")
-	}
-}
-
-// compactInBackground starts a compaction, at most once a second, or once a minute
-// if the last one failed and FILE works without it. The caller holds fileMu.
-func (s *store) compactInBackground() {
-	wait := time.Second
-	if s.compactFailed && !s.journal.broken {
-		wait = time.Minute
-	}
-	if time.Since(s.lastCompaction) < wait || !s.compacting.TryLock() {
-		return
-	}
-	s.lastCompaction = time.Now()
-	go func() {
-		err := s.compact(true)
-		s.compacting.Unlock()
-		if err != nil {
-			s.logger.Error("cannot compact the data file; will try again", "error", err)
+// snapshot returns the shortest list of changes that makes this memory, always in
+// the same order, so that two files can be compared line by line. It leaves out
+// sessions and logouts that expired before a time.
+func (m *memory) snapshot(before int64) []change {
+	var changes []change
+	for _, id := range slices.Sorted(maps.Keys(m.accounts)) {
+		a := m.accounts[id]
+		changes = append(changes, change{User: &a.user})
+		for _, theirs := range a.sessions {
+			if theirs.Expires >= before {
+				changes = append(changes, change{Session: theirs})
+			}
 		}
-	}()
+		for _, i := range a.ideas {
+			changes = append(changes, change{Create: i})
+		}
+	}
+	for _, token := range slices.SortedFunc(maps.Keys(m.loggedOut), compareTokens) {
+		if token.Expires >= before {
+			changes = append(changes, change{Logout: &logout{tokenID: token}})
+		}
+	}
+	return changes
 }
 
-// compact moves to a new file that begins with a snapshot of memory. Changes go on
-// meanwhile: they are collected and follow the snapshot. A crash at any step leaves
-// the old FILE or the new one, and both are complete. The caller holds compacting.
-func (s *store) compact(inBackground bool) error {
-	s.fileMu.Lock()
-	old := s.journal
-	all, lastID := s.snapshot()
-	count := s.size()
-	s.collecting = true
-	s.fileMu.Unlock()
-
-	next, err := createJournal(s.path+".tmp", s.disk, all, lastID, inBackground)
-	if err == nil {
-		s.fileMu.Lock()
-		changes := s.collected
-		s.collected = nil
-		s.fileMu.Unlock()
-		next.count = count
-		err = next.append(changes) // so that few remain to be written under the lock
+// forget removes what snapshot leaves out.
+func (m *memory) forget(before int64) {
+	for _, theirs := range m.sessions {
+		if theirs.Expires < before {
+			m.endSession(theirs)
+		}
 	}
-
-	s.fileMu.Lock()
-	if err == nil {
-		err = s.moveTo(next)
-	}
-	s.collecting, s.collected = false, nil
-	s.compactFailed = err != nil
-	if s.journal.broken {
-		s.failing.Store(true) // so GET /healthz says it, and makes it try again
-	}
-	s.fileMu.Unlock()
-
-	if err != nil {
-		next.close()
-		os.Remove(s.path + ".tmp")
-		return err
-	}
-	old.close() // outside the lock: freeing the blocks of a large file takes time
-	return nil
+	maps.DeleteFunc(m.loggedOut, func(t tokenID, _ struct{}) bool { return t.Expires < before })
 }
 
-// moveTo puts a new file in the place of FILE. The caller holds fileMu.
-func (s *store) moveTo(next *journal) error {
-	if err := next.append(s.collected); err != nil {
-		return err
-	}
-	next.file.Close() // Windows cannot rename an open file
-	if runtime.GOOS == "windows" {
-		s.journal.close() // nor replace one
-	}
-	wasBroken := s.journal.broken
-	s.journal.broken = true // it must get no more changes
-	err := s.disk.do("rename", s.path, func() error { return os.Rename(s.path+".tmp", s.path) })
-	if err != nil {
-		// A rename can return an error although it happened.
-		s.journal.broken = wasBroken || !s.journal.isAt(s.path)
-		return err
-	}
-	if err := s.disk.syncDirectory(filepath.Dir(s.path)); err != nil {
-		return err
-	}
-	if next.file, err = os.OpenFile(s.path, os.O_RDWR, 0); err != nil {
-		return err
-	}
-	next.path = s.path
-	s.journal = next
-	return nil
+// An idSource makes ids that rise with time and never repeat: units of 100 µs since
+// 1970, in base 36. They have nine characters from 1978 to 2291.
+type idSource struct {
+	mu   sync.Mutex
+	last uint64
 }
 
-// A snapshot calls use with the shortest list of changes that makes a memory,
-// always in the same order, so that two files can be compared line by line.
-type snapshot func(use func(change))
+var idShape = regexp.MustCompile(`^[1-9a-y][0-9a-z]{8}$`)
 
-// snapshot copies pointers, so that fileMu is not held for long. It keeps
-// logged-out tokens for a day after they expire, in case the clock is set back.
-func (s *store) snapshot() (all snapshot, lastID string) {
+func (s *idSource) next() string {
+	const first = 36 * 36 * 36 * 36 * 36 * 36 * 36 * 36
 	s.mu.Lock()
-	lastID = strconv.FormatUint(s.lastID, 36)
-	aDayAgo := time.Now().Add(-24 * time.Hour).Unix()
-	maps.DeleteFunc(s.loggedOut, func(t tokenID, _ struct{}) bool { return t.Expires < aDayAgo })
-	s.mu.Unlock()
-
-	accounts := make([]account, 0, len(s.accounts))
-	for _, a := range s.accounts {
-		accounts = append(accounts, account{a.user, slices.Clone(a.sessions), slices.Clone(a.ideas)})
-	}
-	tokens := slices.Collect(maps.Keys(s.loggedOut))
-	return func(use func(change)) {
-		slices.SortFunc(accounts, func(a, b account) int { return cmp.Compare(a.user.ID, b.user.ID) })
-		slices.SortFunc(tokens, compareTokens)
-		for _, a := range accounts {
-			use(change{User: &a.user})
-			for _, session := range a.sessions {
-				use(change{Session: session})
-			}
-			for _, i := range a.ideas {
-				use(change{Create: i})
-			}
-		}
-		for _, token := range tokens {
-			use(change{Logout: &logout{tokenID: token}})
-		}
-	}, lastID
+	defer s.mu.Unlock()
+	s.last = max(s.last+1, uint64(time.Now().UnixMicro()/100), first)
+	return strconv.FormatUint(s.last, 36)
 }
 
-// openStore reads FILE, and writes only the lock. With no path or no FILE, the
-// store is empty.
+// skip makes sure that next returns higher ids from now on.
+func (s *idSource) skip(id string) {
+	n, _ := strconv.ParseUint(id, 36, 64)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.last = max(s.last, n)
+}
+
+// String returns the highest id so far, or "0".
+func (s *idSource) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return strconv.FormatUint(s.last, 36)
+}
+
+// openStore locks FILE and reads it. With no path or no FILE, the store is empty.
 func openStore(path string, disk disk, logger *slog.Logger) (*store, error) {
-	s := &store{memory: newMemory(), disk: disk, logger: logger}
+	s := &store{
+		memory: memory{
+			accounts:  make(map[string]*account),
+			emails:    make(map[string]*account),
+			sessions:  make(map[string]*session),
+			ideas:     make(map[string]*storedIdea),
+			loggedOut: make(map[tokenID]struct{}),
+		},
+		queue:    make(chan pendingChange),
+		stopping: make(chan struct{}),
+		logger:   logger,
+	}
 	if path == "" {
 		return s, nil
 	}
-	var err error
-	if s.path, err = realPath(path); err != nil {
+	path, err := realPath(path)
+	if err != nil {
 		return nil, err
 	}
-	if s.lock, err = lock(s.path + ".lock"); err != nil {
+	if s.lock, err = lock(path + ".lock"); err != nil {
 		return nil, err
 	}
-	if err := s.load(); err != nil {
-		s.lock.Close()
+	s.file = &dataFile{path: path, disk: disk}
+	if err := s.file.load(&s.memory); err != nil {
+		s.release()
 		return nil, err
 	}
 	return s, nil
 }
 
-// lockError distinguishes a file that another process has locked from a file system
-// that cannot lock files.
-func lockError(err error) error {
-	if errors.Is(err, syscall.EWOULDBLOCK) {
-		return errLocked
+// start mends FILE if it must, and starts the writer. If a FILE that exists cannot
+// be written, reads work all the same, and each change tries again.
+func (s *store) start() error {
+	if s.file != nil {
+		isNew := s.file.file == nil
+		err := s.prepareFile()
+		if err != nil && isNew {
+			return err
+		}
+		s.reportHealth(err)
 	}
-	return fmt.Errorf("the file system cannot lock files (%w); put this file on another one", err)
+	s.running.Go(s.write)
+	return nil
 }
 
-// load reads FILE into memory.
-func (s *store) load() error {
-	s.journal = &journal{path: s.path, disk: s.disk}
-	file, err := os.OpenFile(s.path, os.O_RDWR, 0)
+// prepareFile makes durable what a server that was killed had no time to fsync, or
+// writes FILE anew.
+func (s *store) prepareFile() error {
+	f := s.file
+	os.Remove(f.path + ".tmp") // of a compaction that did not end
+	if f.isIntact() && f.fsync() == nil && f.disk.syncDirectory(filepath.Dir(f.path)) == nil {
+		return nil
+	}
+	f.info = nil
+	return s.compact()
+}
+
+// close ends the writer and leaves FILE as one document, a snapshot. Later changes
+// are rejected.
+func (s *store) close() error {
+	close(s.stopping)
+	s.running.Wait()
+	if s.file == nil || s.file.later == 0 && s.file.isIntact() {
+		return nil
+	}
+	return s.compact()
+}
+
+// release lets another process use FILE.
+func (s *store) release() {
+	if s.file != nil {
+		s.file.file.Close() // what counts was fsynced
+		s.lock.Close()
+	}
+}
+
+// checkHealth returns errNotSaved if changes cannot be saved. After a failure it
+// tries again, with a change that has no effect.
+func (s *store) checkHealth() error {
+	if s.failing.Load() {
+		return s.commit(change{Probe: "-"})
+	}
+	return nil
+}
+
+// A pendingChange waits for the writer.
+type pendingChange struct {
+	change
+	result chan error
+}
+
+// commit saves a change, applies it, and returns the result: errNotSaved if it
+// cannot be saved, errEmailTaken for all but one of the concurrent sign-ups with
+// the same e-mail, errNoIdea if the idea is gone by now. A change that apply would
+// reject for another reason must not reach FILE: the next start would fail.
+func (s *store) commit(c change) error {
+	if err := c.validate(); err != nil {
+		return err
+	}
+	p := pendingChange{c, make(chan error, 1)}
+	select {
+	case s.queue <- p: // the queue has no buffer: what is sent is answered
+		return <-p.result
+	case <-s.stopping:
+		return errNotSaved
+	}
+}
+
+// write is the writer. A panic in it ends the process, as half-changed memory must
+// not be used. (In a handler, net/http would recover the panic and go on.)
+func (s *store) write() {
+	for {
+		select {
+		case first := <-s.queue:
+			s.commitBatch(s.collect(first))
+		case <-s.stopping:
+			return
+		}
+	}
+}
+
+// collect returns a batch of all changes that are waiting: one fsync is enough for
+// all of them.
+func (s *store) collect(first pendingChange) []pendingChange {
+	batch := []pendingChange{first}
+	// Goroutines that are ready to run may be about to send changes. With one core,
+	// they would not get to it, and creates would take three times as long.
+	runtime.Gosched()
+	for {
+		select {
+		case p := <-s.queue:
+			batch = append(batch, p)
+		default:
+			return batch
+		}
+	}
+}
+
+func (s *store) commitBatch(batch []pendingChange) {
+	err := s.save(batch)
+	s.reportHealth(err) // before anybody hears of the result
+	for _, p := range batch {
+		result := errNotSaved
+		if err == nil {
+			s.mu.Lock()
+			result = s.apply(p.change)
+			s.mu.Unlock()
+		}
+		p.result <- result
+	}
+	if s.file == nil || s.file.later <= s.file.most {
+		return
+	}
+	if err := s.compact(); err != nil {
+		go s.logger.Error("cannot compact the data file; will try again after more changes", "error", err)
+	}
+}
+
+// save returns nil once the changes are on disk.
+func (s *store) save(batch []pendingChange) error {
+	if s.file == nil {
+		return nil
+	}
+	if !s.file.isIntact() {
+		if err := s.rewriteFile(); err != nil {
+			return err
+		}
+	}
+	changes := make([]change, len(batch))
+	for n, p := range batch {
+		changes[n] = p.change
+	}
+	return s.file.append(changes)
+}
+
+// rewriteFile writes FILE anew from memory, at most once a second while that fails.
+func (s *store) rewriteFile() error {
+	if time.Since(s.failedAt) < time.Second {
+		return errNotSaved
+	}
+	if !s.failing.Load() {
+		go s.logger.Warn("the data file is not as the server left it; writing it anew", "file", s.file.path)
+	}
+	err := s.compact()
+	if err != nil {
+		s.failedAt = time.Now()
+	}
+	return err
+}
+
+// reportHealth logs the first failure, and the recovery. It does not wait for the
+// log, which may be a full pipe.
+func (s *store) reportHealth(err error) {
+	failedBefore := s.failing.Swap(err != nil)
+	switch {
+	case err != nil && !failedBefore:
+		go s.logger.Error("cannot save changes; check the disk that holds the data file", "error", err)
+	case err == nil && failedBefore:
+		go s.logger.Warn("changes can be saved again")
+	}
+}
+
+// compact replaces FILE by a snapshot of memory. Changes wait meanwhile, reads do
+// not. A compaction costs about as much as there are changes in the snapshot, so
+// the next one comes after as many changes, and 1,000 more. Sessions and logouts
+// are kept for a day after they expire, in case the clock is set back.
+func (s *store) compact() error {
+	aDayAgo := time.Now().Add(-24 * time.Hour).Unix()
+	changes := s.snapshot(aDayAgo)
+	err := s.file.replace(s.ids.String(), changes)
+	s.file.most = s.file.later + 1000 + len(changes)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forget(aDayAgo) // not earlier: memory and the old FILE would differ
+	return nil
+}
+
+// A dataFile is FILE.
+type dataFile struct {
+	path string
+	disk disk
+	file *os.File    // nil if there is no FILE yet
+	info os.FileInfo // of file, or nil if nobody knows what file holds
+	size int64       // of what is acknowledged, in bytes
+	sum  uint32      // the checksum of that
+
+	later int // changes after the snapshot
+	most  int // when there are more of them, a compaction is due
+	torn  int // the number of an incomplete last line that load dropped
+}
+
+const (
+	checksumFormat = `,"crc32c":"%08x"}`
+	checksumLength = len(`,"crc32c":"5c1f3a77"}`)
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// isIntact reports whether path still names the file, and the file has the size
+// that it should have. If not, a write or a rename has failed, or somebody else has
+// changed or removed it, or there is none yet.
+func (f *dataFile) isIntact() bool {
+	info, err := os.Stat(f.path)
+	return err == nil && os.SameFile(info, f.info) && info.Size() == f.size
+}
+
+// append returns nil once the changes are on disk, in a new line.
+func (f *dataFile) append(changes []change) error {
+	text, err := json.Marshal(record{Changes: changes})
+	if err != nil {
+		return err
+	}
+	text = bytes.TrimSuffix(text, []byte("}"))
+	sum := crc32.Update(f.sum, castagnoli, text)
+	line := fmt.Appendf(text, checksumFormat+"\n", sum)
+	if err := f.writeLine(line); err != nil {
+		return err
+	}
+	f.size, f.sum, f.later = f.size+int64(len(line)), sum, f.later+len(changes)
+	return nil
+}
+
+// writeLine writes and fsyncs a line, or takes it back: a change that was rejected
+// must not come true at the next start.
+func (f *dataFile) writeLine(line []byte) error {
+	err := f.disk.do("write", f.path, func() error {
+		_, err := f.file.WriteAt(line, f.size)
+		return err
+	})
+	if err == nil {
+		err = f.fsync()
+	}
+	if err == nil {
+		return nil
+	}
+	if f.disk.do("truncate", f.path, func() error { return f.file.Truncate(f.size) }) != nil {
+		f.info = nil
+	}
+	f.fsync()
+	return err
+}
+
+// fsync makes what was written durable. After a failure, the kernel may treat lost
+// pages as written (PostgreSQL's "fsyncgate"), so the file is never trusted again.
+func (f *dataFile) fsync() error {
+	err := f.disk.do("sync", f.path, f.file.Sync)
+	if err != nil {
+		f.info = nil
+	}
+	return err
+}
+
+// replace puts a new file with a snapshot in the place of FILE. A crash at any step
+// leaves the old FILE or the new one, and both are complete.
+func (f *dataFile) replace(lastID string, changes []change) error {
+	next := dataFile{path: f.path + ".tmp", disk: f.disk}
+	err := next.create(lastID, changes)
+	if err == nil {
+		err = f.move(next.path)
+	}
+	if err != nil {
+		os.Remove(next.path)
+		return err
+	}
+	f.size, f.sum, f.later = next.size, next.sum, 0
+	return nil
+}
+
+func (f *dataFile) create(lastID string, changes []change) (err error) {
+	if f.file, err = f.disk.create(f.path); err != nil {
+		return err
+	}
+	defer f.file.Close()
+	err = f.disk.do("write", f.path, func() error { return f.writeSnapshot(lastID, changes) })
+	if err != nil {
+		return err
+	}
+	return f.fsync()
+}
+
+func (f *dataFile) writeSnapshot(lastID string, changes []change) error {
+	hash := crc32.New(castagnoli)
+	w := bufio.NewWriterSize(io.MultiWriter(f.file, hash), 1<<16)
+	fmt.Fprintf(w, `{"format":2,"last_id":%q,"changes":[`, lastID)
+	separator := "\n"
+	for _, c := range changes {
+		text, err := json.Marshal(c)
+		if err != nil {
+			return err
+		}
+		w.WriteString(separator)
+		w.Write(text)
+		separator = ",\n"
+	}
+	w.WriteString("\n]")
+	if err := w.Flush(); err != nil { // Flush also returns the errors of earlier writes
+		return err
+	}
+	f.sum = hash.Sum32()
+	if _, err := fmt.Fprintf(f.file, checksumFormat+"\n", f.sum); err != nil {
+		return err
+	}
+	size, err := f.file.Seek(0, io.SeekCurrent)
+	f.size = size
+	return err
+}
+
+// move renames a new file to FILE. FILE is not intact until all of this has
+// succeeded.
+func (f *dataFile) move(temporary string) error {
+	f.info = nil
+	f.file.Close() // Windows does not replace an open file
+	err := f.disk.do("rename", f.path, func() error { return os.Rename(temporary, f.path) })
+	if err == nil {
+		err = f.disk.syncDirectory(filepath.Dir(f.path))
+	}
+	if err == nil {
+		err = f.open()
+	}
+	return err
+}
+
+func (f *dataFile) open() (err error) {
+	if f.file, err = os.OpenFile(f.path, os.O_RDWR, 0); err == nil {
+		f.info, err = f.file.Stat()
+	}
+	return err
+}
+
+// load opens FILE, if there is one, and applies its changes to m.
+func (f *dataFile) load(m *memory) error {
+	err := f.open()
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	} else if err != nil {
 		return err
 	}
-	s.journal.file, s.loading = file, true
-	if info, err := file.Stat(); err == nil {
-		s.ideas = make(map[string]*storedIdea, info.Size()/200) // growing it takes 4% of a start
-	}
-	// Nearly everything allocated now stays, so collecting less often makes loading
-	// an eighth faster.
-	defer debug.SetGCPercent(debug.SetGCPercent(400))
-	err = s.replay()
-	if errors.Is(err, errNoChecksum) {
-		err = s.loadEdited()
-	}
+	data, err := os.ReadFile(f.path)
 	if err != nil {
-		file.Close()
 		return err
 	}
-	s.sortLists()
-	s.torn, s.journal.count = s.journal.torn, s.size()
-	return nil
-}
-
-// replay applies all changes in FILE. They are decoded in batches, on all cores.
-func (s *store) replay() error {
-	batches := make(chan *batch, runtime.GOMAXPROCS(0))
-	applied := make(chan error, 1)
-	go func() { applied <- s.applyBatches(batches) }()
-
-	b := newBatch()
-	send := func() {
-		go b.decode()
-		batches <- b
-		b = newBatch()
+	end, err := f.readSnapshot(data, m)
+	if err == nil {
+		err = f.readLines(data, end, m)
 	}
-	lastID, err := s.journal.read(func(changes []byte, line int) {
-		if len(changes) == 0 || len(b.text) > batchSize { // no batch skips a line
-			send()
-		}
-		if len(changes) > 0 {
-			b.add(changes, line)
-		}
-	})
-	send()
-	close(batches)
-	applyErr := <-applied
-	s.usedID(lastID)
-	return cmp.Or(err, applyErr) // an error in reading explains the other
-}
-
-const batchSize = 64 << 10 // bytes
-
-// A batch is a part of FILE that is decoded as a unit.
-type batch struct {
-	text    []byte // changes in JSON, one or more a line
-	line    int    // of the first change
-	changes []change
-	err     error
-	decoded chan struct{} // closed when changes and err are set
-}
-
-func newBatch() *batch {
-	const lastLine = 1 << 10 // most lines are shorter
-	return &batch{text: append(make([]byte, 0, batchSize+lastLine), '['), decoded: make(chan struct{})}
-}
-
-// add adds the changes of the next line.
-func (b *batch) add(changes []byte, line int) {
-	if b.line == 0 {
-		b.line = line
-	} else {
-		b.text = append(b.text, "\n,"...)
-	}
-	b.text = append(b.text, changes...)
-}
-
-func (b *batch) decode() {
-	defer close(b.decoded)
-	b.text = append(b.text, ']')
-	dec := json.NewDecoder(bytes.NewReader(b.text))
-	dec.DisallowUnknownFields()
-	dec.Token() // [
-	for line, from := b.line, int64(0); dec.More(); {
-		line += bytes.Count(b.text[from:dec.InputOffset()], []byte("\n"))
-		from = dec.InputOffset()
-		c := change{line: line}
-		if err := dec.Decode(&c); err != nil {
-			b.err = fmt.Errorf("line %d: %w", line, decodeError(err))
-			return
-		}
-		c.keepJSON(b.text[from:dec.InputOffset()])
-		b.changes = append(b.changes, c)
-	}
-}
-
-func decodeError(err error) error {
-	if _, field, ok := strings.Cut(err.Error(), "unknown field "); ok { // there is no type for it
-		return fmt.Errorf("unknown field %s; use the newer version of ideapool that wrote it, or correct it", field)
-	}
-	return fmt.Errorf("damaged: %w; restore a backup, or correct it if you edited it", err)
-}
-
-func (s *store) applyBatches(batches <-chan *batch) (err error) {
-	for b := range batches {
-		<-b.decoded
-		for _, c := range b.changes {
-			err = cmp.Or(err, s.replayChange(c))
-		}
-		err = cmp.Or(err, b.err)
+	if err != nil {
+		err = fmt.Errorf(`%w; restore a backup, or see "A data file that cannot be read" in README.md`, err)
 	}
 	return err
 }
 
-func (s *store) replayChange(c change) error {
-	err := s.apply(c)
-	if err == nil || isLostRace(err) {
-		return nil
+// readSnapshot applies the first record of FILE and returns where it ends. It may
+// have any layout, and no checksum if somebody edited it by hand: then it is
+// written anew before the first change.
+func (f *dataFile) readSnapshot(data []byte, m *memory) (end int, err error) {
+	r, end, err := decodeRecord(data)
+	if syntax, ok := errors.AsType[*json.SyntaxError](err); ok {
+		err = fmt.Errorf("line %d: %w", 1+bytes.Count(data[:syntax.Offset], []byte("\n")), err)
 	}
-	return fmt.Errorf("line %d: %w; restore a backup", c.line, err)
-}
-
-// isLostRace reports whether apply returns err for the loser of two concurrent
-// changes. Any other error can only come from a damaged file.
-func isLostRace(err error) bool { return errors.Is(err, errEmailTaken) || errors.Is(err, errNoIdea) }
-
-// loadEdited reads a FILE that somebody edited by hand: one document in any
-// layout, without a checksum. It validates ids, e-mails and ideas, and makes the
-// JSON of ideas again.
-func (s *store) loadEdited() error {
-	data, err := os.ReadFile(s.path)
-	if err != nil {
-		return err
-	}
-	var doc struct {
-		Format  int      `json:"format"`
-		LastID  string   `json:"last_id"`
-		Changes []change `json:"changes"`
-		CRC32C  string   `json:"crc32c"`
-	}
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
-	err = dec.Decode(&doc)
-	_, end := dec.Token()
 	switch { // the format first: another version may have other fields
-	case len(bytes.TrimSpace(data)) == 0:
-		return errors.New("empty; restore a backup, or remove it to start over")
-	case doc.Format == 1:
-		return errors.New("format 1, from an older version of ideapool, which this one cannot read; choose another path")
-	case doc.Format > 2:
-		return fmt.Errorf("format %d, from a newer version of ideapool; use that version", doc.Format)
+	case err == io.EOF:
+		return 0, errors.New("it is empty")
+	case r.Format == 1:
+		return 0, errors.New("format 1, from an older version of ideapool, which this one cannot read")
+	case r.Format > 2:
+		return 0, fmt.Errorf("format %d, from a newer version of ideapool", r.Format)
 	case err != nil:
-		return decodeError(err)
-	case doc.Format != 2:
-		return errors.New("not a data file of ideapool; choose another path")
-	case doc.CRC32C != "":
-		return errDamaged
-	case end != io.EOF:
-		return errors.New("something follows the first document; restore a backup (and stop the server before you edit the file)")
-	case doc.LastID != "" && doc.LastID != "0" && !idShape.MatchString(doc.LastID):
-		return fmt.Errorf("the last_id %q is invalid; correct it, or remove it", doc.LastID)
+		return 0, err
+	case r.Format != 2:
+		return 0, errors.New("it is not a data file of ideapool")
+	case r.LastID != "" && r.LastID != "0" && !idShape.MatchString(r.LastID):
+		return 0, fmt.Errorf("the last_id %q is no id", r.LastID)
+	case r.CRC32C == "":
+		f.info = nil
+	case !f.verify(data[:end]):
+		return 0, errChecksum
 	}
-	s.memory = newMemory()
-	s.loading = true
-	s.usedID(doc.LastID)
-	for n, c := range doc.Changes {
-		if err := s.apply(c); err != nil {
-			return fmt.Errorf("changes[%d]: %w; correct it, or restore a backup", n, err)
+	m.ids.skip(r.LastID)
+	for n, c := range r.Changes {
+		if err := m.replay(c); err != nil {
+			return 0, fmt.Errorf("changes[%d]: %w", n, err)
 		}
 	}
-	if id := strconv.FormatUint(s.lastID, 36); id[0] == 'y' {
-		return fmt.Errorf("the id %s leaves no room for new ones; correct it", id)
-	}
-	return nil
+	f.size, f.most = int64(end+len("\n")), 1000+len(r.Changes)
+	return end, nil
 }
 
-// start makes the store ready for changes.
-func (s *store) start() error {
-	if s.journal == nil {
-		return nil
-	}
-	if s.journal.size > 1<<20 {
-		defer func() { go debug.FreeOSMemory() }() // loading leaves garbage
-	}
-	s.compacting.Lock()
-	defer s.compacting.Unlock()
-	if s.journal.clean {
-		// There may have been a crash between the last rename and this.
-		return s.disk.syncDirectory(filepath.Dir(s.path))
-	}
-	isNew := s.journal.file == nil
-	err := s.compact(false)
-	if err != nil && isNew {
-		os.Remove(s.path)
-	}
-	return err
-}
+var errChecksum = errors.New("damaged, or edited without removing crc32c: the checksum does not match")
 
-// close compacts FILE, so that it holds only a snapshot. Later changes are
-// rejected.
-func (s *store) close() error {
-	if s.path == "" {
-		return nil
+// readLines applies the lines that follow the snapshot. It drops a last line that
+// was not written as a whole, and so was never acknowledged. A last line without a
+// line end counts, and blank space after it is harmless: FILE then has another size
+// than its lines, so it is not intact.
+func (f *dataFile) readLines(data []byte, end int, m *memory) error {
+	text := bytes.TrimRight(data, " \t\r\n")
+	hasEnd := bytes.Contains(data[len(text):], []byte("\n"))
+	rest, isLine := bytes.CutPrefix(text[end:], []byte("\n"))
+	if len(text) > end && (!isLine || f.info == nil) {
+		return errors.New("something follows the snapshot (was it edited before the server had stopped?)")
 	}
-	s.compacting.Lock() // and never unlocked
-	s.fileMu.Lock()
-	s.closed = true
-	done := s.journal.clean && !s.journal.broken
-	s.fileMu.Unlock()
-	if done {
-		return nil
-	}
-	return s.compact(false)
-}
-
-// release lets another process use FILE.
-func (s *store) release() {
-	if s.journal != nil {
-		s.journal.close()
-		s.lock.Close()
-	}
-}
-
-// A journal is FILE: JSON values that are on disk once append has returned. It
-// begins with a snapshot, one change per line. Then there is a line for each
-// commit:
-//
-//	{"format":2,"last_id":"6d3r16h4n","changes":[
-//	{"user":{…}},
-//	{"create":{…}}
-//	],"crc32c":"5c1f3a77"}
-//	{"changes":[{"update":{…}}],"crc32c":"99e3f1a2"}
-//
-// A checksum covers all text before it, except other checksums, so it reveals
-// damaged, missing and moved lines, but not lines that are missing at the end.
-type journal struct {
-	path   string
-	disk   disk
-	file   *os.File
-	size   int64  // of what is acknowledged, in bytes
-	sum    uint32 // of what is acknowledged
-	count  int    // of the changes; see memory.size
-	clean  bool   // the file holds only a snapshot
-	torn   int    // the number of an incomplete last line; see read
-	broken bool   // nobody knows what the file holds: it gets no more changes
-}
-
-var (
-	errDamaged    = errors.New("damaged: a checksum does not match; restore a backup (or remove crc32c, if you edited the file)")
-	errNoChecksum = errors.New("no checksum")
-)
-
-const (
-	headerFormat   = `{"format":2,"last_id":%q,"changes":[`
-	checksumFormat = `,"crc32c":"%08x"}`
-	checksumLength = len(`,"crc32c":"5c1f3a77"}`)
-)
-
-func castagnoli() *crc32.Table { return crc32.MakeTable(crc32.Castagnoli) }
-
-// createJournal writes a new file that begins with a snapshot. In the background
-// it pauses, so that others can use the disk.
-func createJournal(path string, disk disk, all snapshot, lastID string, inBackground bool) (*journal, error) {
-	file, err := disk.create(path)
-	if err != nil {
-		return nil, err
-	}
-	j := &journal{path: path, disk: disk, file: file, clean: true}
-	err = disk.do("write", path, func() error { return j.writeSnapshot(all, lastID, inBackground) })
-	if err == nil {
-		err = disk.do("sync", path, file.Sync)
-	}
-	if err != nil {
-		j.close()
-		return nil, err
-	}
-	return j, nil
-}
-
-func (j *journal) writeSnapshot(all snapshot, lastID string, inBackground bool) (err error) {
-	sum := crc32.New(castagnoli())
-	w := bufio.NewWriterSize(io.MultiWriter(j.file, sum), 1<<16)
-	fmt.Fprintf(w, headerFormat, lastID)
-	separator, line, count := "\n", []byte(nil), 0
-	all(func(c change) {
-		if err != nil {
-			return // the rest would be in vain
-		}
-		line = c.appendJSON(line[:0])
-		w.WriteString(separator)
-		w.Write(line)
-		separator = ",\n"
-		if count++; inBackground && count%1024 == 0 {
-			// An fsync of FILE could wait for all of this (ext4). So this is written in
-			// parts, and FILE has the disk to itself for half of the time.
-			begin := time.Now()
-			err = cmp.Or(w.Flush(), j.disk.do("sync", j.path, j.file.Sync))
-			time.Sleep(time.Since(begin))
-		}
-	})
-	w.WriteString("\n]")
-	if err = cmp.Or(err, w.Flush()); err != nil { // Flush also returns earlier errors
-		return err
-	}
-	j.sum = sum.Sum32()
-	if _, err = fmt.Fprintf(j.file, checksumFormat+"\n", j.sum); err == nil {
-		j.size, err = j.file.Seek(0, io.SeekCurrent)
-	}
-	return err
-}
-
-// append returns nil once the changes are on disk.
-func (j *journal) append(changes [][]byte) error {
-	if len(changes) == 0 {
-		return nil
-	}
-	line := slices.Concat([]byte(`{"changes":[`), bytes.Join(changes, []byte(",")), []byte("]"))
-	sum := crc32.Update(j.sum, castagnoli(), line)
-	line = fmt.Appendf(line, checksumFormat+"\n", sum)
-	if err := j.write(line); err != nil {
-		return err
-	}
-	j.size, j.sum, j.count, j.clean = j.size+int64(len(line)), sum, j.count+len(changes), false
-	return nil
-}
-
-// write puts a line after what is acknowledged, or cuts the file back to that.
-// After a failed fsync the kernel may treat lost pages as written
-// (PostgreSQL's "fsyncgate"), so the file is broken then.
-func (j *journal) write(line []byte) error {
-	err := j.disk.do("write", j.path, func() error {
-		_, err := j.file.WriteAt(line, j.size)
-		return err
-	})
-	if err == nil {
-		if err = j.disk.do("sync", j.path, j.file.Sync); err == nil {
+	for number := 2 + bytes.Count(data[:end], []byte("\n")); len(rest) > 0; number++ {
+		var line []byte
+		line, rest, _ = bytes.Cut(rest, []byte("\n"))
+		err := f.readLine(line, m)
+		if err == errChecksum && len(rest) == 0 && isTorn(line, hasEnd) {
+			f.torn = number
 			return nil
 		}
-		j.broken = true
-	}
-	cutErr := j.disk.do("truncate", j.path, func() error { return j.file.Truncate(j.size) })
-	if cutErr == nil {
-		cutErr = j.disk.do("sync", j.path, j.file.Sync)
-	}
-	if cutErr != nil {
-		j.broken = true
-	}
-	return err
-}
-
-// isAt reports whether path names the file.
-func (j *journal) isAt(path string) bool {
-	mine, err1 := j.file.Stat()
-	there, err2 := os.Stat(path)
-	return err1 == nil && err2 == nil && os.SameFile(mine, there)
-}
-
-func (j *journal) close() {
-	if j != nil {
-		j.file.Close() // what counts was fsynced
-	}
-}
-
-// read calls use with the changes of each line, in JSON and separated by commas. It
-// drops an incomplete last line, which was never acknowledged. It returns the last
-// id of the snapshot, or errNoChecksum for a file that was edited by hand.
-func (j *journal) read(use func(changes []byte, line int)) (lastID string, err error) {
-	info, err := j.file.Stat()
-	if err != nil {
-		return "", err
-	}
-	r := bufio.NewReaderSize(j.file, 1<<16)
-	header, _ := readLine(r)
-	fmt.Sscanf(string(header), headerFormat, &lastID)
-	if string(header) != fmt.Sprintf(headerFormat+"\n", lastID) {
-		return "", errNoChecksum
-	}
-	j.sum, j.size = crc32.Checksum(header, castagnoli()), int64(len(header))
-
-	inSnapshot := true
-	for number := 2; j.size < info.Size(); number++ {
-		line, err := readLine(r)
 		if err != nil {
-			return "", err
+			return fmt.Errorf("line %d: %w", number, err)
 		}
-		isLast := j.size+int64(len(line)) == info.Size()
-		if isLast && !inSnapshot && isTorn(line) {
-			j.torn, j.clean = number, false
-			return lastID, nil
-		}
-		text, ending := cutChecksum(line)
-		j.sum = crc32.Update(j.sum, castagnoli(), text)
-		j.size += int64(len(line))
-		if inSnapshot && ending == "" {
-			use(bytes.TrimRight(text, ",\n"), number)
-			continue
-		}
-		if ending != fmt.Sprintf(checksumFormat, j.sum) {
-			return "", fmt.Errorf("line %d: %w", number, errDamaged)
-		}
-		j.clean = inSnapshot && bytes.HasSuffix(line, []byte("\n"))
-		inSnapshot = false
-		text = bytes.TrimPrefix(text, []byte(`{"changes":[`))
-		use(bytes.TrimSuffix(text, []byte("]")), number)
 	}
-	if inSnapshot {
-		return "", errNoChecksum
-	}
-	return lastID, nil
+	return nil
 }
 
-// readLine returns the next line with its line end, which the last one may lack.
-func readLine(r *bufio.Reader) ([]byte, error) {
-	line, err := r.ReadBytes('\n')
-	if err == io.EOF && len(line) > 0 {
-		err = nil
+func (f *dataFile) readLine(line []byte, m *memory) error {
+	if !f.verify(line) {
+		return errChecksum
 	}
-	return line, err
+	r, _, err := decodeRecord(line)
+	if err != nil {
+		return err
+	}
+	for _, c := range r.Changes {
+		err := m.replay(c)
+		if err != nil && err != errEmailTaken && err != errNoIdea { // which lost a race
+			return err
+		}
+	}
+	f.size += int64(len(line) + len("\n"))
+	f.later += len(r.Changes)
+	return nil
+}
+
+// verify reports whether a record has the right checksum.
+func (f *dataFile) verify(text []byte) bool {
+	at := max(0, len(text)-checksumLength)
+	sum := crc32.Update(f.sum, castagnoli, text[:at])
+	if string(text[at:]) != fmt.Sprintf(checksumFormat, sum) {
+		return false
+	}
+	f.sum = sum
+	return true
 }
 
 // isTorn reports whether the last line did not reach the disk as a whole: it has no
-// line end, or zeros in place of a block that was lost.
-func isTorn(line []byte) bool {
-	return !bytes.HasSuffix(line, []byte("\n")) || line[0] == 0 || bytes.Contains(line, []byte{0, 0})
+// line end, or zeros in place of a block that was lost. (One zero alone may be a
+// flipped bit, unless it is in the place of a brace.)
+func isTorn(line []byte, hasEnd bool) bool {
+	return !hasEnd || line[0] == 0 || bytes.Contains(line, []byte{0, 0})
 }
 
-// cutChecksum splits a line before its checksum, if it has one.
-func cutChecksum(line []byte) (text []byte, ending string) {
-	whole := bytes.TrimSuffix(line, []byte("\n"))
-	at := len(whole) - checksumLength
-	if at < 0 || !bytes.HasPrefix(whole[at:], []byte(`,"crc32c":`)) {
-		return line, ""
+// decodeRecord decodes the first JSON value of a text and returns where it ends.
+func decodeRecord(text []byte) (r record, end int, err error) {
+	dec := json.NewDecoder(bytes.NewReader(text))
+	dec.DisallowUnknownFields()
+	err = dec.Decode(&r)
+	return r, int(dec.InputOffset()), err
+}
+
+// replay validates and applies a change that comes from FILE.
+func (m *memory) replay(c change) error {
+	if err := c.validate(); err != nil {
+		return err
 	}
-	return whole[:at], string(whole[at:])
+	return m.apply(c)
+}
+
+// realPath returns the absolute path of a file that may not exist yet, without
+// symbolic links. It rejects what is not a regular file before anything is opened:
+// opening a named pipe blocks.
+func realPath(name string) (string, error) {
+	name, err := filepath.Abs(name)
+	if err != nil {
+		return "", err
+	}
+	directory, err := filepath.EvalSymlinks(filepath.Dir(name))
+	if err != nil {
+		return "", err
+	}
+	if _, err := os.Lstat(name); errors.Is(err, fs.ErrNotExist) {
+		return filepath.Join(directory, filepath.Base(name)), nil
+	}
+	info, err := os.Stat(name)
+	if err != nil {
+		return "", err
+	}
+	if !info.Mode().IsRegular() {
+		return "", fmt.Errorf("not a regular file (its mode is %s); choose another one", info.Mode())
+	}
+	return filepath.EvalSymlinks(name)
 }
 
 // A disk runs each file operation that durability depends on. It is nil except in
@@ -884,19 +753,19 @@ func (d disk) do(op, path string, do func() error) error {
 
 // create makes a new file that only its owner can read. It never writes through a
 // link that somebody left in its place.
-func (d disk) create(path string) (f *os.File, err error) {
+func (d disk) create(path string) (file *os.File, err error) {
 	err = d.do("create", path, func() error {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("%w; remove it by hand", err)
+			return err
 		}
-		f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+		file, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 		return err
 	})
-	return f, err
+	return file, err
 }
 
-// syncDirectory makes the entries of a directory durable. Some file systems, such
-// as CIFS, cannot, and Windows need not.
+// syncDirectory makes the names in a directory durable. Some file systems, such as
+// CIFS, cannot, and Windows need not.
 func (d disk) syncDirectory(path string) error {
 	err := d.do("sync", path, func() error {
 		if runtime.GOOS == "windows" {

@@ -37,6 +37,15 @@ type user struct {
 
 var errEmailTaken = errors.New("this e-mail is already registered")
 
+// validate checks what nobody else may rely on without it: a user comes from a
+// handler or from FILE.
+func (u *user) validate() error {
+	if !idShape.MatchString(u.ID) || !isEmail(u.Email) {
+		return fmt.Errorf("user %q: the id or the e-mail is invalid", u.ID)
+	}
+	return nil
+}
+
 // signUp responds to POST /users.
 func (s *server) signUp(w http.ResponseWriter, r *http.Request) error {
 	in := readBody(w, r)
@@ -52,7 +61,7 @@ func (s *server) signUp(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	u.ID, u.Password = s.store.newID(), hash
+	u.ID, u.Password = s.store.ids.next(), hash
 	return s.startSession(w, u, change{User: &u})
 }
 
@@ -133,12 +142,12 @@ func (m *memory) addUser(u user, first *session) error {
 	if m.emails[email] != nil {
 		return errEmailTaken
 	}
-	if m.accounts[u.ID] != nil || !idShape.MatchString(u.ID) || !isEmail(u.Email) {
-		return fmt.Errorf("user %q: %w", u.ID, errInconsistent)
+	if m.accounts[u.ID] != nil {
+		return errInconsistent
 	}
 	a := &account{user: u}
 	m.accounts[u.ID], m.emails[email] = a, a
-	m.usedID(u.ID)
+	m.ids.skip(u.ID)
 	if first == nil {
 		return nil
 	}
