@@ -426,12 +426,12 @@ type fakeFile struct {
 }
 
 func newFakeDisk(t testing.TB) *fakeDisk {
-	return &fakeDisk{t: t, live: make(map[string]int), durable: make(map[string]int)}
+	return &fakeDisk{t: t, inject: realDisk, live: make(map[string]int), durable: make(map[string]int)}
 }
 
 // after returns the disk as it is after a crash.
 func (d *fakeDisk) after(kind string) *fakeDisk {
-	next := &fakeDisk{t: d.t, files: slices.Clone(d.files), live: maps.Clone(d.live), durable: maps.Clone(d.live)}
+	next := &fakeDisk{t: d.t, inject: realDisk, files: slices.Clone(d.files), live: maps.Clone(d.live), durable: maps.Clone(d.live)}
 	switch kind {
 	case "a kill": // a later power loss can still lose what was not fsynced
 		next.durable = maps.Clone(d.durable)
@@ -471,7 +471,7 @@ func (d *fakeDisk) step(op, path string, do func() error) error {
 		d.before(op + " " + name)
 	}
 	happened := false // the disk may have done it, even if it says otherwise
-	err := d.inject.do(op, path, func() error {
+	err := d.inject(op, path, func() error {
 		err := noSync(op, path, do)
 		happened = err == nil
 		return err
@@ -685,7 +685,7 @@ func TestLogoutSurvivesAKill(t *testing.T) {
 func TestAPanicEndsTheProcess(t *testing.T) {
 	if path := os.Getenv(panicEnv); path != "" {
 		defer func() { recover() }() // as net/http would
-		s := mustStart(t, path, nil)
+		s := mustStart(t, path, realDisk)
 		s.accounts = nil
 		s.commit(somebody(1).signUp("a@example.org"))
 		return
@@ -851,7 +851,7 @@ func (u *loadUser) change(t *testing.T, p *process) bool {
 // checkUsers compares what there is with the responses. A change without one may have happened or not.
 func checkUsers(t *testing.T, path string, users []*loadUser) {
 	t.Helper()
-	s := mustOpen(t, path, nil)
+	s := mustOpen(t, path, realDisk)
 	defer abandon(s)
 	for _, u := range users {
 		ideas := pages(s, u.id)

@@ -985,7 +985,7 @@ func newTestServer(t testing.TB, flags ...string) *server {
 	if o.key != "ideapool.pem" {
 		key = must(readKey(o.key))
 	}
-	store := must(openStore(o.data, nil, quiet))
+	store := must(openStore(o.data, realDisk, quiet))
 	wantError(t, "a start", store.start(), nil)
 	t.Cleanup(func() { abandon(store) })
 	s := newServer(o, key, store, quiet)

@@ -203,7 +203,7 @@ func makeKey(path string) (key *rsa.PrivateKey, made bool, err error) {
 	} else if err != nil {
 		return nil, false, err
 	}
-	if err := disk(nil).syncDirectory(filepath.Dir(path)); err != nil {
+	if err := disk(realDisk).syncDirectory(filepath.Dir(path)); err != nil {
 		os.Remove(path)
 		return nil, false, err
 	}

@@ -92,7 +92,7 @@ func open(o options, logger *slog.Logger) (key *rsa.PrivateKey, s *store, err er
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, nil, fmt.Errorf("-key %s: %w", o.key, explain(err))
 	}
-	if s, err = openStore(o.data, nil, logger); err != nil {
+	if s, err = openStore(o.data, realDisk, logger); err != nil {
 		return nil, nil, fmt.Errorf("-data %s: %w", o.data, explain(err))
 	}
 	made := false

@@ -234,8 +234,8 @@ func openStore(path string, disk disk, logger *slog.Logger) (*store, error) {
 	return s, nil
 }
 
-// start mends FILE if it must, and starts the writer. If a FILE that exists cannot
-// be written, reads work all the same, and each change tries again.
+// start prepares FILE and starts the writer. If a FILE that exists cannot be written,
+// reads work all the same, and each change tries again.
 func (s *store) start() error {
 	if s.file != nil {
 		isNew := s.file.file == nil
@@ -249,8 +249,7 @@ func (s *store) start() error {
 	return nil
 }
 
-// prepareFile makes durable what a server that was killed had no time to fsync, or
-// writes FILE anew.
+// prepareFile fsyncs what a server that was killed had no time for, or mends FILE.
 func (s *store) prepareFile() error {
 	f := s.file
 	os.Remove(f.path + ".tmp") // of a compaction that did not end
@@ -445,9 +444,8 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// isIntact reports whether path still names the file, and the file has the size
-// that it should have. If not, a write or a rename has failed, or somebody else has
-// changed or removed it, or there is none yet.
+// isIntact reports whether path names the file, with the size that it should have.
+// If not, a write has failed, or somebody else has changed or removed FILE.
 func (f *dataFile) isIntact() bool {
 	info, err := os.Stat(f.path)
 	return err == nil && os.SameFile(info, f.info) && info.Size() == f.size
@@ -472,7 +470,7 @@ func (f *dataFile) append(changes []change) error {
 // writeLine writes and fsyncs a line, or takes it back: a change that was rejected
 // must not come true at the next start.
 func (f *dataFile) writeLine(line []byte) error {
-	err := f.disk.do("write", f.path, func() error {
+	err := f.disk("write", f.path, func() error {
 		_, err := f.file.WriteAt(line, f.size)
 		return err
 	})
@@ -482,7 +480,7 @@ func (f *dataFile) writeLine(line []byte) error {
 	if err == nil {
 		return nil
 	}
-	if f.disk.do("truncate", f.path, func() error { return f.file.Truncate(f.size) }) != nil {
+	if f.disk("truncate", f.path, func() error { return f.file.Truncate(f.size) }) != nil {
 		f.info = nil
 	}
 	f.fsync()
@@ -492,7 +490,7 @@ func (f *dataFile) writeLine(line []byte) error {
 // fsync makes what was written durable. After a failure, the kernel may treat lost
 // pages as written (PostgreSQL's "fsyncgate"), so the file is never trusted again.
 func (f *dataFile) fsync() error {
-	err := f.disk.do("sync", f.path, f.file.Sync)
+	err := f.disk("sync", f.path, f.file.Sync)
 	if err != nil {
 		f.info = nil
 	}
@@ -515,12 +513,19 @@ func (f *dataFile) replace(lastID string, changes []change) error {
 	return nil
 }
 
-func (f *dataFile) create(lastID string, changes []change) (err error) {
-	if f.file, err = f.disk.create(f.path); err != nil {
+// create makes a new file that only its owner can read. It never writes through a
+// link that somebody left in its place.
+func (f *dataFile) create(lastID string, changes []change) error {
+	err := f.disk("create", f.path, func() (err error) {
+		os.Remove(f.path)
+		f.file, err = os.OpenFile(f.path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		return err
+	})
+	if err != nil {
 		return err
 	}
 	defer f.file.Close()
-	err = f.disk.do("write", f.path, func() error { return f.writeSnapshot(lastID, changes) })
+	err = f.disk("write", f.path, func() error { return f.writeSnapshot(lastID, changes) })
 	if err != nil {
 		return err
 	}
@@ -559,7 +564,7 @@ func (f *dataFile) writeSnapshot(lastID string, changes []change) error {
 func (f *dataFile) move(temporary string) error {
 	f.info = nil
 	f.file.Close() // Windows does not replace an open file
-	err := f.disk.do("rename", f.path, func() error { return os.Rename(temporary, f.path) })
+	err := f.disk("rename", f.path, func() error { return os.Rename(temporary, f.path) })
 	if err == nil {
 		err = f.disk.syncDirectory(filepath.Dir(f.path))
 	}
@@ -598,9 +603,8 @@ func (f *dataFile) load(m *memory) error {
 	return err
 }
 
-// readSnapshot applies the first record of FILE and returns where it ends. It may
-// have any layout, and no checksum if somebody edited it by hand: then it is
-// written anew before the first change.
+// readSnapshot applies the first record of FILE and returns where it ends. A record
+// that was edited by hand has no checksum, and any layout: it must be written anew.
 func (f *dataFile) readSnapshot(data []byte, m *memory) (end int, err error) {
 	r, end, err := decodeRecord(data)
 	if syntax, ok := errors.AsType[*json.SyntaxError](err); ok {
@@ -609,13 +613,11 @@ func (f *dataFile) readSnapshot(data []byte, m *memory) (end int, err error) {
 	switch { // the format first: another version may have other fields
 	case err == io.EOF:
 		return 0, errors.New("it is empty")
-	case r.Format == 1:
-		return 0, errors.New("format 1, from an older version of ideapool, which this one cannot read")
-	case r.Format > 2:
-		return 0, fmt.Errorf("format %d, from a newer version of ideapool", r.Format)
+	case r.Format != 0 && r.Format != 2:
+		return 0, fmt.Errorf("format %d, from another version of ideapool", r.Format)
 	case err != nil:
 		return 0, err
-	case r.Format != 2:
+	case r.Format == 0:
 		return 0, errors.New("it is not a data file of ideapool")
 	case r.LastID != "" && r.LastID != "0" && !idShape.MatchString(r.LastID):
 		return 0, fmt.Errorf("the last_id %q is no id", r.LastID)
@@ -740,37 +742,16 @@ func realPath(name string) (string, error) {
 	return filepath.EvalSymlinks(name)
 }
 
-// A disk runs each file operation that durability depends on. It is nil except in
-// tests, which make operations fail.
+// A disk runs each file operation that durability depends on. It is realDisk except
+// in tests, which make operations fail.
 type disk func(op, path string, do func() error) error
 
-func (d disk) do(op, path string, do func() error) error {
-	if d == nil {
-		return do()
-	}
-	return d(op, path, do)
-}
-
-// create makes a new file that only its owner can read. It never writes through a
-// link that somebody left in its place.
-func (d disk) create(path string) (file *os.File, err error) {
-	err = d.do("create", path, func() error {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		file, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-		return err
-	})
-	return file, err
-}
+func realDisk(_, _ string, do func() error) error { return do() }
 
 // syncDirectory makes the names in a directory durable. Some file systems, such as
 // CIFS, cannot, and Windows need not.
 func (d disk) syncDirectory(path string) error {
-	err := d.do("sync", path, func() error {
-		if runtime.GOOS == "windows" {
-			return nil
-		}
+	err := d("sync", path, func() error {
 		directory, err := os.Open(path)
 		if err != nil {
 			return err
@@ -778,7 +759,7 @@ func (d disk) syncDirectory(path string) error {
 		defer directory.Close()
 		return directory.Sync()
 	})
-	if errors.Is(err, syscall.EINVAL) || errors.Is(err, errors.ErrUnsupported) {
+	if runtime.GOOS == "windows" || errors.Is(err, syscall.EINVAL) || errors.Is(err, errors.ErrUnsupported) {
 		return nil
 	}
 	return err

@@ -82,7 +82,7 @@ func TestIDsRiseAndNeverRepeat(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			path := scratch(t)
 			left.write(t, path)
-			s := mustOpen(t, path, nil)
+			s := mustOpen(t, path, realDisk)
 			ids := []string{last, s.ids.next(), s.ids.next(), s.ids.next()}
 			if !slices.IsSorted(ids) || len(slices.Compact(ids)) < 4 || !idShape.MatchString(ids[3]) {
 				t.Errorf("got the ids %v, want them to rise", ids)
@@ -611,7 +611,7 @@ func BenchmarkStart(b *testing.B) {
 	s.close()
 	abandon(s.store)
 	for b.Loop() {
-		again, err := openStore(s.file.path, nil, quiet)
+		again, err := openStore(s.file.path, realDisk, quiet)
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -836,7 +836,7 @@ func (s *testStore) step(op, path string, do func() error) error {
 	if op == "write" && filepath.Ext(path) != ".tmp" && s.compactNext.Swap(false) {
 		s.file.most = 0
 	}
-	return s.disk.do(op, path, do)
+	return s.disk(op, path, do)
 }
 
 // must makes changes, one after the other, and notes them.
@@ -984,7 +984,7 @@ func (f files) write(t testing.TB, path string) {
 func (f files) read(t testing.TB, path string) string {
 	t.Helper()
 	f.write(t, path)
-	s, err := openStore(path, nil, quiet)
+	s, err := openStore(path, realDisk, quiet)
 	if err != nil {
 		return err.Error()
 	}
