@@ -2,24 +2,16 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/subtle"
-	"encoding/base64"
 	"encoding/hex"
-	"errors"
 	"fmt"
-	"math"
 	"net/http"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/crypto/argon2"
 )
 
 // maxSessions is how many sessions a user can have; one more ends the oldest.
@@ -52,25 +44,32 @@ type logout struct {
 	Key string `json:"key,omitempty"`
 }
 
+// errWrongLogin and errRefreshToken are not a 401: clients respond to a 401 with a
+// refresh, and would do so forever. RFC 6749 §5.2 wants a 400, too.
 var (
-	errWrongLogin   = errors.New("wrong e-mail or password")
-	errRefreshToken = errors.New("the refresh token is unknown, expired or logged out")
-	errThrottled    = errors.New("too many failed logins")
-	errBusy         = errors.New("too many people are logging in or signing up right now; please try again")
-	errNoExpiry     = errors.New("too many logouts in a short time; please try again")
+	errWrongLogin   = &apiError{status: http.StatusBadRequest, Reason: "wrong e-mail or password"}
+	errRefreshToken = &apiError{status: http.StatusBadRequest, Reason: "the refresh token is unknown, expired or logged out"}
+	errNoExpiry     = &apiError{
+		status: http.StatusServiceUnavailable, retryAfter: 1,
+		Reason: "too many logouts in a short time; please try again",
+	}
 )
 
-// refresh responds to POST /access-tokens/refresh. A bad refresh token is a 400,
-// as for any token endpoint (RFC 6749 §5.2): clients respond to a 401 with a
-// refresh, and would do so forever.
+// A tokenResponse has a client's tokens.
+type tokenResponse struct {
+	JWT          string `json:"jwt"`
+	RefreshToken string `json:"refresh_token,omitempty"`
+}
+
+// refresh responds to POST /access-tokens/refresh.
 func (s *server) refresh(w http.ResponseWriter, r *http.Request) error {
-	in := readBody(w, r)
+	in := readBody(r)
 	token := in.secret("refresh_token", maxBody)
 	if err := in.err(); err != nil {
 		return err
 	}
-	session, u, ok := s.store.session(hashToken(token))
-	if !ok || time.Now().Unix() >= session.Expires {
+	found, u, ok := s.store.session(hashToken(token))
+	if !ok || time.Now().Unix() >= found.Expires {
 		return errRefreshToken
 	}
 	jwt, err := s.newAccessToken(u)
@@ -82,13 +81,13 @@ func (s *server) refresh(w http.ResponseWriter, r *http.Request) error {
 
 // logIn responds to POST /access-tokens.
 func (s *server) logIn(w http.ResponseWriter, r *http.Request) error {
-	in := readBody(w, r)
+	in := readBody(r)
 	email := in.text("email", maxBody) // not validated: an invalid one is unknown
 	password := in.secret("password", maxPassword)
 	if err := in.err(); err != nil {
 		return err
 	}
-	u, err := s.checkPassword(w, r, email, password)
+	u, err := s.checkPassword(r, email, password)
 	if err != nil {
 		return err
 	}
@@ -97,20 +96,17 @@ func (s *server) logIn(w http.ResponseWriter, r *http.Request) error {
 
 // logOut responds to DELETE /access-tokens. The refresh token comes in the query
 // or in the body.
-func (s *server) logOut(w http.ResponseWriter, r *http.Request, u user) error {
-	in := readQuery(r, "refresh_token")
-	if in.members["refresh_token"] == "" {
-		in = readBody(w, r)
+func (s *server) logOut(w http.ResponseWriter, r *http.Request, c caller) error {
+	query := r.URL.Query()
+	in := newInput(toJSON(query), nil)
+	if query.Get("refresh_token") == "" {
+		in = readBody(r)
 	}
 	token := in.secret("refresh_token", maxBody)
 	if err := in.err(); err != nil {
 		return err
 	}
-	c, err := s.tokens.verify(accessToken(r.Header))
-	if err != nil {
-		return err
-	}
-	if err := s.store.commit(change{Logout: &logout{c.id(), hashToken(token)}}); err != nil {
+	if err := s.store.commit(change{Logout: &logout{c.token, hashToken(token)}}); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -128,7 +124,7 @@ func (s *server) startSession(w http.ResponseWriter, u user, c change) error {
 	rand.Read(random) // never fails
 	refreshToken, now := hex.EncodeToString(random), time.Now()
 	c.Session = &session{
-		Key: hashToken(refreshToken), UserID: u.ID, Start: now.Unix(), Expires: now.Add(s.refreshTTL).Unix(),
+		Key: hashToken(refreshToken), UserID: u.ID, Start: now.Unix(), Expires: now.Add(s.options.refreshTTL).Unix(),
 	}
 	if err := s.store.commit(c); err != nil {
 		return err
@@ -136,17 +132,11 @@ func (s *server) startSession(w http.ResponseWriter, u user, c change) error {
 	return writeJSON(w, http.StatusCreated, tokenResponse{token, refreshToken})
 }
 
-// A tokenResponse has a client's tokens.
-type tokenResponse struct {
-	JWT          string `json:"jwt"`
-	RefreshToken string `json:"refresh_token,omitempty"`
-}
-
 // newAccessToken makes a token. Its expiry differs from that of every logged-out
 // token of the user, which it would otherwise equal.
 func (s *server) newAccessToken(u user) (string, error) {
 	now := time.Now()
-	expires, ok := s.store.freeExpiry(u.ID, now.Unix(), now.Add(s.accessTTL).Unix())
+	expires, ok := s.store.freeExpiry(u.ID, now.Unix(), now.Add(s.options.accessTTL).Unix())
 	if !ok {
 		return "", errNoExpiry
 	}
@@ -160,165 +150,39 @@ func hashToken(token string) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// private wraps a handler that needs a logged-in user.
-func (s *server) private(h func(http.ResponseWriter, *http.Request, user) error) handler {
-	return func(w http.ResponseWriter, r *http.Request) error {
-		u, err := s.authenticate(r)
-		if err != nil {
-			return err
-		}
-		return h(w, r, u)
-	}
-}
-
-// authenticate returns the user whose access token came with the request.
-func (s *server) authenticate(r *http.Request) (user, error) {
-	c, err := s.tokens.verify(accessToken(r.Header))
-	if err != nil {
-		return user{}, err
-	}
-	u, ok := s.store.activeUser(c.id())
-	if !ok {
-		return user{}, errToken
-	}
-	return u, nil
-}
-
-// accessToken returns the token in X-Access-Token, or else in Authorization
-// (RFC 6750 §2.1), there after Bearer, in upper or lower case (RFC 9110 §11.1). A
-// repeated header counts as no token. X-Access-Token may have the word, too.
-func accessToken(h http.Header) string {
-	values, needsScheme := h["X-Access-Token"], false
-	if values == nil {
-		values, needsScheme = h["Authorization"], true
-	}
-	if len(values) != 1 {
-		return ""
-	}
-	scheme, token, _ := strings.Cut(values[0], " ")
-	switch {
-	case strings.EqualFold(scheme, "Bearer"):
-		return strings.TrimLeft(token, " ")
-	case !needsScheme:
-		return values[0]
-	}
-	return ""
-}
-
-// jwks responds to GET /.well-known/jwks.json (RFC 7517 §5). With it other
-// services can verify tokens but not make them, which is what RS256 is for.
-func (s *server) jwks(w http.ResponseWriter, _ *http.Request) error {
-	return writeJSON(w, http.StatusOK, map[string]any{"keys": []any{s.tokens.jwk()}})
-}
-
-// An argonCost is how hard it is to compute a hash. It is part of each hash, so new
-// hashes can have a higher one.
-type argonCost struct {
-	memory  uint32 // KiB
-	passes  uint32
-	threads uint8
-}
-
-// defaultCost is what OWASP's Password Storage Cheat Sheet asks for. It takes some
-// 20 ms.
-func defaultCost() argonCost { return argonCost{memory: 19_456, passes: 2, threads: 1} }
-
 // checkPassword returns the user who has this e-mail and password. An unknown
 // e-mail costs one hash, as a wrong password does, so that the time does not tell
-// them apart.
-func (s *server) checkPassword(w http.ResponseWriter, r *http.Request, email, password string) (user, error) {
-	a := newAttempt(r, email)
-	if wait := s.throttle.wait(a); wait > 0 {
-		return user{}, throttled(w, wait)
-	}
+// them apart. The throttle is asked and told while a hash may be computed: so no more
+// attempts than hashes can overtake it.
+func (s *server) checkPassword(r *http.Request, email, password string) (user, error) {
 	u, known := s.store.userByEmail(email)
 	if !known {
 		u.Password = dummyHash(s.hashCost)
 	}
-	err := s.hashing.do(r.Context(), func() error {
-		if wait := s.throttle.begin(a); wait > 0 {
-			return throttled(w, wait) // others failed while this one waited
-		}
-		right := matches(password, u.Password)
-		if s.throttle.end(a, right); !right {
-			return errWrongLogin
-		}
-		return nil
-	})
-	return u, err
-}
-
-func throttled(w http.ResponseWriter, wait time.Duration) error {
-	seconds := int(math.Ceil(wait.Seconds()))
-	w.Header().Set("Retry-After", strconv.Itoa(seconds))
-	return fmt.Errorf("%w; please try again in %d seconds", errThrottled, seconds)
-}
-
-// hashPassword returns the hash to be stored.
-func (s *server) hashPassword(ctx context.Context, password string) (hash string, err error) {
-	err = s.hashing.do(ctx, func() error {
-		salt := make([]byte, 16)
-		rand.Read(salt) // never fails
-		hash = argonHash(password, salt, s.hashCost)
-		return nil
-	})
-	return hash, err
-}
-
-func argonHash(password string, salt []byte, cost argonCost) string {
-	sum := argon2.IDKey([]byte(password), salt, cost.passes, cost.memory, cost.threads, 32)
-	return formatHash(cost, salt, sum)
-}
-
-// formatHash uses the PHC string format
-// (https://github.com/P-H-C/phc-string-format).
-func formatHash(cost argonCost, salt, sum []byte) string {
-	encode := base64.RawStdEncoding.EncodeToString
-	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s",
-		argon2.Version, cost.memory, cost.passes, cost.threads, encode(salt), encode(sum))
-}
-
-// dummyHash costs as much to check as a real hash, but no password matches it.
-func dummyHash(cost argonCost) string { return formatHash(cost, make([]byte, 16), make([]byte, 32)) }
-
-// matches computes the hash again, with the salt and the cost of the old one.
-func matches(password, hash string) bool {
-	var cost argonCost
-	var saltAndSum string
-	fmt.Sscanf(hash, "$argon2id$v=19$m=%d,t=%d,p=%d$%s", &cost.memory, &cost.passes, &cost.threads, &saltAndSum)
-	encodedSalt, _, _ := strings.Cut(saltAndSum, "$")
-	salt, err := base64.RawStdEncoding.DecodeString(encodedSalt)
-	if err != nil || cost.passes < 1 || cost.threads < 1 { // argon2.IDKey would panic
-		return false
+	if err := s.hashing.acquire(r.Context()); err != nil {
+		return user{}, err
 	}
-	again := argonHash(password, salt, cost)
-	return subtle.ConstantTimeCompare([]byte(again), []byte(hash)) == 1
-}
-
-// A semaphore limits how many hashes are computed at a time. Without it, 48
-// logins at once would slow down everybody else and take 1 GB of memory.
-type semaphore chan struct{}
-
-// do runs work as soon as a slot is free. It returns errBusy if none is free for
-// 5 seconds, or the client is gone.
-func (s semaphore) do(ctx context.Context, work func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	select {
-	case s <- struct{}{}:
-		defer func() { <-s }()
-		return work()
-	case <-ctx.Done():
-		return errBusy
+	defer s.hashing.release()
+	a := newAttempt(s.clientAddr(r), email)
+	if wait := s.throttle.wait(a); wait > 0 {
+		return user{}, throttled(wait)
 	}
+	right := matches(password, u.Password)
+	s.throttle.note(a, right)
+	if !right {
+		return user{}, errWrongLogin
+	}
+	return u, nil
 }
 
-// freeFailures is how many logins may fail before there is a wait.
-const freeFailures = 10
+func throttled(wait time.Duration) error {
+	seconds := int((wait + time.Second - 1) / time.Second) // rounded up
+	reason := fmt.Sprintf("too many failed logins; please try again in %d seconds", seconds)
+	return &apiError{status: http.StatusTooManyRequests, retryAfter: seconds, Reason: reason}
+}
 
-// A loginThrottle slows down attacks on passwords: after ten failures an attempt
-// must wait, and only one can be made at a time; each further failure doubles the
-// wait. Other people log in as usual.
+// A loginThrottle slows down attacks on passwords: after ten failures, an attempt
+// must wait, and each further failure doubles the wait. Other people log in as usual.
 type loginThrottle struct {
 	mu       sync.Mutex
 	failures map[attempt]failures
@@ -336,16 +200,36 @@ type failures struct {
 	until time.Time // no attempt before
 }
 
-// newAttempt uses the address of the connection. A client could write anything
-// into a header such as X-Forwarded-For.
-func newAttempt(r *http.Request, email string) attempt {
-	from, _ := netip.ParseAddrPort(r.RemoteAddr)
-	addr, bits := from.Addr(), 32
-	if addr.Is6() {
+func newAttempt(client netip.Addr, email string) attempt {
+	bits := 32
+	if client.Is6() {
 		bits = 64 // one subnet (RFC 4291 §2.5.1)
 	}
-	client, _ := addr.Prefix(bits)
-	return attempt{sha256.Sum256([]byte(normalizeEmail(email))), client}
+	prefix, _ := client.Prefix(bits)
+	return attempt{sha256.Sum256([]byte(normalizeEmail(email))), prefix}
+}
+
+// clientAddr returns the address of the client. Behind a proxy, this is the last one
+// in the last X-Forwarded-For, which the proxy added: a client could have sent the
+// others.
+func (s *server) clientAddr(r *http.Request) netip.Addr {
+	if lines := r.Header["X-Forwarded-For"]; s.options.trustProxy && len(lines) > 0 {
+		list := strings.Split(lines[len(lines)-1], ",")
+		if addr, err := parseAddr(strings.TrimSpace(list[len(list)-1])); err == nil {
+			return addr
+		}
+	}
+	addr, _ := parseAddr(r.RemoteAddr)
+	return addr
+}
+
+// parseAddr parses an address with or without a port and brackets.
+func parseAddr(s string) (netip.Addr, error) {
+	if withPort, err := netip.ParseAddrPort(s); err == nil {
+		return withPort.Addr().Unmap(), nil
+	}
+	addr, err := netip.ParseAddr(strings.Trim(s, "[]"))
+	return addr.Unmap(), err
 }
 
 // wait returns how long an attempt must wait.
@@ -355,48 +239,22 @@ func (t *loginThrottle) wait(a attempt) time.Duration {
 	return time.Until(t.failures[a].until)
 }
 
-// begin begins an attempt, or returns how long it must wait. After ten failures an
-// attempt is counted as a failure before it is checked, so that others at the same
-// time must wait.
-func (t *loginThrottle) begin(a attempt) time.Duration {
+// note counts a failure, and forgets all after a success, or an hour after the last
+// wait.
+func (t *loginThrottle) note(a attempt, success bool) {
+	const limit = 50_000 // attempts, some 20 MB; then all are forgotten
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	f := t.recent(a)
-	if wait := time.Until(f.until); wait > 0 {
-		return wait
-	}
-	if f.count >= freeFailures {
-		t.add(a, f)
-	}
-	return 0
-}
-
-// end forgets all failures after a success. It counts a failure up to the tenth;
-// later ones were counted by begin.
-func (t *loginThrottle) end(a attempt, success bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	switch f := t.recent(a); {
-	case success:
+	if success {
 		delete(t.failures, a)
-	case f.count < freeFailures:
-		t.add(a, f)
+		return
 	}
-}
-
-// recent returns no failures an hour after the last wait.
-func (t *loginThrottle) recent(a attempt) failures {
-	f := t.failures[a]
-	if time.Since(f.until) > time.Hour {
-		return failures{}
-	}
-	return f
-}
-
-func (t *loginThrottle) add(a attempt, f failures) {
-	const limit = 50_000 // some 20 MB; then all are forgotten
-	if _, known := t.failures[a]; !known && len(t.failures) >= limit {
+	f, known := t.failures[a]
+	if !known && len(t.failures) >= limit {
 		clear(t.failures)
+	}
+	if time.Since(f.until) > time.Hour {
+		f.count = 0
 	}
 	f.count++
 	f.until = time.Now().Add(waitAfter(f.count))
@@ -405,10 +263,10 @@ func (t *loginThrottle) add(a attempt, f failures) {
 
 // waitAfter is 30 seconds after ten failures, and doubles up to 15 minutes.
 func waitAfter(failures int) time.Duration {
-	if failures < freeFailures {
+	if failures < 10 {
 		return 0
 	}
-	return min(30*time.Second<<min(failures-freeFailures, 5), 15*time.Minute)
+	return min(30*time.Second<<min(failures-10, 5), 15*time.Minute)
 }
 
 // activeUser returns the user of an access token that was not logged out.
@@ -446,7 +304,7 @@ func (s *store) freeExpiry(userID string, now, latest int64) (expires int64, ok 
 }
 
 // addSession applies a login. Which sessions have expired depends on the times in
-// the changes alone, so that a replay has the same result.
+// the changes alone, so that a start has the same result.
 func (m *memory) addSession(s *session) error {
 	a := m.accounts[s.UserID]
 	if m.sessions[s.Key] != nil || a == nil {
@@ -465,8 +323,8 @@ func (m *memory) addSession(s *session) error {
 	return nil
 }
 
-// logOut applies a logout. There may be no session to end.
-func (m *memory) logOut(l logout) error {
+// endToken applies a logout. There may be no session to end.
+func (m *memory) endToken(l logout) error {
 	if m.accounts[l.UserID] == nil {
 		return errInconsistent
 	}

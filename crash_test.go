@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"cmp"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -62,7 +61,7 @@ func TestFileCutAnywhere(t *testing.T) {
 			torn = lines + 1
 		}
 		prefix.write(t, path)
-		s := mustOpen(t, path, noSync)
+		s := openTestStore(t, path, noSync)
 		compare(t, name+", the incomplete line", s.file.torn, torn)
 		compare(t, name, contents(s), states[lines-inSnapshot])
 		if cut%5 == snapshot%5 { // a start is slow
@@ -291,14 +290,14 @@ func newPlayer(t *testing.T, seed int) *player {
 func (p *player) play(name string) {
 	path := p.paths[2]
 	for run := range 3 {
-		p.store = mustOpen(p.t, path, p.step)
+		p.store = openTestStore(p.t, path, p.step)
 		if p.start() != nil {
 			if run > 0 {
 				p.t.Errorf("%s: run %d does not start, although there is a FILE", name, run)
 			}
 			abandon(p.store) // the process ends, and somebody starts another
 			p.look(name + ", in a start")
-			p.store = mustStart(p.t, path, p.step)
+			p.store = startStore(p.t, path, p.step)
 		}
 		for p.left = 9; p.left > 0; {
 			p.insist(name)
@@ -368,7 +367,7 @@ func (p *player) try(c change) error {
 func (p *player) step(op, path string, do func() error) error {
 	synctest.Wait()
 	if p.left == 4 && op == "write" && filepath.Ext(path) != ".tmp" {
-		p.file.most = 0
+		p.file.tried = -1 << 30
 		p.compactions++
 	}
 	return p.fake.step(op, path, do)
@@ -399,7 +398,7 @@ func (p *player) lookAt(when string, d *fakeDisk, again int, want ...string) {
 			next.before = func(op string) {
 				p.lookAt(when+", and in the next start before "+op, next, again-1, want...)
 			}
-			s := mustStart(p.t, p.paths[again], next.step)
+			s := startStore(p.t, p.paths[again], next.step)
 			p.lookAt(when+", and after the next start", next, again-1, got)
 			next.before = nil
 			s.commit(somebody(9).signUp("late@example.org")) // to FILE, whose name must be durable
@@ -552,7 +551,7 @@ func TestAStartThatCannotWrite(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			path, failing := scratch(t), true
 			files{dataName: test.file, dataName + ".tmp": "half"}.write(t, path)
-			s := mustOpen(t, path, func(op, path string, do func() error) error {
+			s := openTestStore(t, path, func(op, path string, do func() error) error {
 				if failing {
 					return errInjected
 				}
@@ -572,7 +571,7 @@ func TestAStartThatCannotWrite(t *testing.T) {
 			compare(t, name, readFiles(t, path).read(t, scratch(t)), contents(s))
 		})
 	}
-	s := mustOpen(t, scratch(t), func(string, string, func() error) error { return errInjected })
+	s := openTestStore(t, scratch(t), func(string, string, func() error) error { return errInjected })
 	wantError(t, "a start without FILE", s.start(), errInjected)
 }
 
@@ -683,16 +682,16 @@ func TestLogoutSurvivesAKill(t *testing.T) {
 
 // TestAPanicEndsTheProcess: a panic in apply must end the process, as memory may be half changed.
 func TestAPanicEndsTheProcess(t *testing.T) {
-	if path := os.Getenv(panicEnv); path != "" {
+	if path := os.Getenv("IDEAPOOL_TEST_PANIC"); path != "" {
 		defer func() { recover() }() // as net/http would
-		s := mustStart(t, path, realDisk)
+		s := startStore(t, path, realDisk)
 		s.accounts = nil
 		s.commit(somebody(1).signUp("a@example.org"))
 		return
 	}
 	path := scratch(t)
 	command := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.timeout=20s") // if it hangs instead
-	command.Env = append(os.Environ(), panicEnv+"="+path)
+	command.Env = append(os.Environ(), "IDEAPOOL_TEST_PANIC="+path)
 	output, err := command.CombinedOutput()
 	if command.ProcessState.ExitCode() != 2 || !strings.Contains(string(output), "assignment to entry in nil map") {
 		t.Errorf("got %v, want status 2:\n%s", err, output)
@@ -714,16 +713,6 @@ func halfWrite(path string, do func() error) error {
 	return syscall.ENOSPC
 }
 
-const serveEnv, panicEnv = "IDEAPOOL_TEST_SERVE", "IDEAPOOL_TEST_PANIC"
-
-// TestMain lets the test binary be the server, for the tests that kill it.
-func TestMain(m *testing.M) {
-	if os.Getenv(serveEnv) == "" {
-		os.Exit(m.Run())
-	}
-	main()
-}
-
 // A process is the server in a process of its own.
 type process struct {
 	*exec.Cmd
@@ -733,22 +722,27 @@ type process struct {
 }
 
 func startProcess(t *testing.T, path string, flags ...string) *process {
-	der, err := x509.MarshalPKCS8PrivateKey(rfcKey())
+	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	writeFile(t, path+".pem", pemText("PRIVATE KEY", der)) // making one is slow
-	r, w, err := os.Pipe()
-	flags = append(flags, "-addr", "127.0.0.1:0", "-data", path, "-key", path+".pem")
+	flags = append(flags, "-addr", "127.0.0.1:0", "-data", path, "-key", rfcKeyFile)
 	p := &process{Cmd: exec.Command(os.Args[0], flags...), r: r, w: w, log: bufio.NewReader(r)}
 	p.waitForURL = sync.OnceValue(func() (url string) {
 		for url == "" {
-			url = regexp.MustCompile(`http://127.*|$`).FindString(must(p.log.ReadString('\n')))
+			line, err := p.log.ReadString('\n')
+			if err != nil {
+				panic("the server prints no address: " + err.Error())
+			}
+			url = regexp.MustCompile(`http://127.*|$`).FindString(line)
 		}
 		return url
 	})
 	p.Env, p.Stderr = append(os.Environ(), serveEnv+"=1"), w
-	t.Cleanup(must(p, cmp.Or(err, p.Start())).kill)
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.kill)
 	return p
 }
 
@@ -763,7 +757,11 @@ func (p *process) kill() {
 func (p *process) send(t *testing.T, status int, access, request, body string) (response string, ok bool) {
 	t.Helper()
 	method, path, _ := strings.Cut(request, " ")
-	r := must(http.NewRequestWithContext(t.Context(), method, p.waitForURL()+path, strings.NewReader(body)))
+	r, err := http.NewRequestWithContext(t.Context(), method, p.waitForURL()+path, strings.NewReader(body))
+	if err != nil {
+		t.Error(err)
+		return "", false
+	}
 	r.Header.Set("X-Access-Token", access)
 	got, err := httpClient.Do(r)
 	if err != nil {
@@ -779,22 +777,6 @@ func (p *process) send(t *testing.T, status int, access, request, body string) (
 
 // httpClient gives up when the connection of a killed server stays open, as happens under Wine.
 var httpClient = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 16}, Timeout: 20 * time.Second}
-
-// member returns a string member of a JSON object.
-func member(object, name string) string {
-	var members map[string]any
-	json.Unmarshal([]byte(object), &members)
-	text, _ := members[name].(string)
-	return text
-}
-
-// symlink fails on Windows, where not everybody may create links.
-func symlink(target, path string) error {
-	if runtime.GOOS == "windows" {
-		return errors.ErrUnsupported
-	}
-	return os.Symlink(target, path)
-}
 
 // underLoad has 16 clients at work until, after so many acknowledged writes, the server gets a signal.
 func (p *process) underLoad(t *testing.T, users []*loadUser, writes int, end os.Signal) {
@@ -821,11 +803,11 @@ type loadUser struct {
 
 // newLoadUsers makes 128 users, and a FILE that knows them, so that no hashes need to be computed first.
 func newLoadUsers(t *testing.T) (path string, users []*loadUser) {
-	s, tokens := newTestStore(t, noSync), newTokens(rfcKey())
+	s, tokens := newTestStore(t, noSync), newTokens(rfcKey(t))
 	for n := range 128 {
 		p := person(s.ids.next())
 		s.must(p.signUp(fmt.Sprintf("%d@example.org", n)))
-		users = append(users, &loadUser{id: string(p), access: must(tokens.sign(claims{UserID: string(p), Expires: 1e10}))})
+		users = append(users, &loadUser{id: string(p), access: sign(t, tokens, claims{UserID: string(p), Expires: 1e10})})
 	}
 	abandon(s.store)
 	return s.file.path, users
@@ -851,7 +833,7 @@ func (u *loadUser) change(t *testing.T, p *process) bool {
 // checkUsers compares what there is with the responses. A change without one may have happened or not.
 func checkUsers(t *testing.T, path string, users []*loadUser) {
 	t.Helper()
-	s := mustOpen(t, path, realDisk)
+	s := openTestStore(t, path, realDisk)
 	defer abandon(s)
 	for _, u := range users {
 		ideas := pages(s, u.id)

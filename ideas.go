@@ -1,14 +1,13 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 	"unicode/utf8"
 )
@@ -21,24 +20,13 @@ const (
 
 // An idea as clients see it.
 type idea struct {
-	ID         string  `json:"id"`
-	Content    string  `json:"content"`
-	Impact     int     `json:"impact"`
-	Ease       int     `json:"ease"`
-	Confidence int     `json:"confidence"`
-	Average    average `json:"average_score"`
-	Created    int64   `json:"created_at"` // seconds since 1970
-}
-
-// An average is always written with a decimal point: 8.0, 6.333333333333333.
-type average float64
-
-func (a average) MarshalJSON() ([]byte, error) {
-	text := strconv.AppendFloat(nil, float64(a), 'f', -1, 64)
-	if !bytes.Contains(text, []byte(".")) {
-		text = append(text, ".0"...)
-	}
-	return text, nil
+	ID         string      `json:"id"`
+	Content    string      `json:"content"`
+	Impact     int         `json:"impact"`
+	Ease       int         `json:"ease"`
+	Confidence int         `json:"confidence"`
+	Average    json.Number `json:"average_score"`
+	Created    int64       `json:"created_at"` // seconds since 1970
 }
 
 // A storedIdea is an idea and its owner. It is never changed, only replaced, so it
@@ -55,21 +43,25 @@ type ideaKey struct {
 	ID    string `json:"id"`
 }
 
-var errNoIdea = errors.New("you have no such idea")
+var errNoIdea = &apiError{status: http.StatusNotFound, Reason: "you have no such idea"}
 
 // createIdea responds to POST /ideas.
-func (s *server) createIdea(w http.ResponseWriter, r *http.Request, u user) error {
-	i, err := readIdea(w, r, u)
+func (s *server) createIdea(w http.ResponseWriter, r *http.Request, c caller) error {
+	i, err := readIdea(r, c)
 	if err != nil {
 		return err
 	}
 	i.Idea.ID, i.Idea.Created = s.store.ids.next(), time.Now().Unix()
-	return s.saveIdea(w, http.StatusCreated, i, change{Create: i})
+	if err := s.store.commit(change{Create: i}); err != nil {
+		return err
+	}
+	writeBody(w, http.StatusCreated, i.json)
+	return nil
 }
 
 // deleteIdea responds to DELETE /ideas/{id}.
-func (s *server) deleteIdea(w http.ResponseWriter, r *http.Request, u user) error {
-	key := ideaKey{Owner: u.ID, ID: r.PathValue("id")}
+func (s *server) deleteIdea(w http.ResponseWriter, r *http.Request, c caller) error {
+	key := ideaKey{Owner: c.ID, ID: r.PathValue("id")}
 	if _, err := s.store.idea(key); err != nil {
 		return err
 	}
@@ -81,50 +73,45 @@ func (s *server) deleteIdea(w http.ResponseWriter, r *http.Request, u user) erro
 }
 
 // listIdeas responds to GET /ideas with one page.
-func (s *server) listIdeas(w http.ResponseWriter, r *http.Request, u user) error {
-	page, err := readPage(r.URL.RawQuery)
+func (s *server) listIdeas(w http.ResponseWriter, r *http.Request, c caller) error {
+	page, err := readPage(r)
 	if err != nil {
 		return err
 	}
-	list, total := s.store.pageOfIdeas(u.ID, page)
+	list, total := s.store.pageOfIdeas(c.ID, page)
 	w.Header().Set("Link", links(page, total))
 	writeBody(w, http.StatusOK, list)
 	return nil
 }
 
 // updateIdea responds to PUT /ideas/{id}.
-func (s *server) updateIdea(w http.ResponseWriter, r *http.Request, u user) error {
-	i, err := readIdea(w, r, u)
+func (s *server) updateIdea(w http.ResponseWriter, r *http.Request, c caller) error {
+	i, err := readIdea(r, c)
 	if err != nil {
 		return err
 	}
-	old, err := s.store.idea(ideaKey{Owner: u.ID, ID: r.PathValue("id")})
+	old, err := s.store.idea(ideaKey{Owner: c.ID, ID: r.PathValue("id")})
 	if err != nil {
 		return err
 	}
 	i.Idea.ID, i.Idea.Created = old.Idea.ID, old.Idea.Created
-	return s.saveIdea(w, http.StatusOK, i, change{Update: i})
+	if err := s.store.commit(change{Update: i}); err != nil {
+		return err
+	}
+	writeBody(w, http.StatusOK, i.json)
+	return nil
 }
 
 // readIdea reads the fields of an idea that a client may set.
-func readIdea(w http.ResponseWriter, r *http.Request, u user) (*storedIdea, error) {
-	in := readBody(w, r)
+func readIdea(r *http.Request, c caller) (*storedIdea, error) {
+	in := readBody(r)
 	i := idea{
 		Content:    in.text("content", maxContent),
 		Impact:     in.integer("impact", maxScore),
 		Ease:       in.integer("ease", maxScore),
 		Confidence: in.integer("confidence", maxScore),
 	}
-	return &storedIdea{Owner: u.ID, Idea: i}, in.err()
-}
-
-// saveIdea saves the change that has an idea, and responds with the idea.
-func (s *server) saveIdea(w http.ResponseWriter, status int, i *storedIdea, c change) error {
-	if err := s.store.commit(c); err != nil {
-		return err
-	}
-	writeBody(w, status, i.json)
-	return nil
+	return &storedIdea{Owner: c.ID, Idea: i}, in.err()
 }
 
 func (i *idea) scores() []int { return []int{i.Impact, i.Ease, i.Confidence} }
@@ -136,6 +123,17 @@ func (i *idea) sum() (sum int) {
 	return sum
 }
 
+// average is the shortest form of the double, and always has a decimal point: 8.0,
+// 6.333333333333333.
+func (i *idea) average() json.Number {
+	average := float64(i.sum()) / float64(len(i.scores()))
+	text := strconv.FormatFloat(average, 'f', -1, 64)
+	if !strings.Contains(text, ".") {
+		text += ".0"
+	}
+	return json.Number(text)
+}
+
 // encode checks an idea, and makes its average and its JSON.
 func (i *storedIdea) encode() (err error) {
 	scores := i.Idea.scores()
@@ -143,20 +141,20 @@ func (i *storedIdea) encode() (err error) {
 	if !idShape.MatchString(i.Idea.ID) || length < 1 || length > maxContent || slices.Min(scores) < 1 || slices.Max(scores) > maxScore {
 		return fmt.Errorf("idea %q: the id, the content or a score is invalid", i.Idea.ID)
 	}
-	i.Idea.Average = average(i.Idea.sum()) / average(len(scores))
+	i.Idea.Average = i.Idea.average()
 	i.json, err = json.Marshal(i.Idea)
 	return err
 }
 
 // readPage reads the number of a page, which is 1 if none is given.
-func readPage(query string) (int, error) {
-	pages := queryValues(query, "page")
-	if len(pages) == 0 {
+func readPage(r *http.Request) (int, error) {
+	query := r.URL.Query()
+	if !query.Has("page") {
 		return 1, nil
 	}
-	page, err := strconv.ParseUint(pages[0], 10, strconv.IntSize-1)
-	if err != nil || page == 0 || len(pages) > 1 {
-		return 0, fieldErrors{"page": "must be a positive integer"}
+	page, err := strconv.ParseUint(query.Get("page"), 10, strconv.IntSize-1)
+	if err != nil || page == 0 {
+		return 0, invalidFields(map[string]string{"page": "must be a positive integer"})
 	}
 	return int(page), nil
 }

@@ -11,11 +11,10 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/big"
+	"net/http"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"time"
@@ -51,7 +50,9 @@ type claims struct {
 
 func (c claims) id() tokenID { return tokenID{UserID: c.UserID, Expires: c.Expires} }
 
-var errToken = errors.New("the access token is missing, invalid, expired or logged out")
+// errToken has the original API's words, which clients compare. They refresh the
+// token then. The token may be missing, invalid, expired or logged out.
+var errToken = &apiError{status: http.StatusUnauthorized, Reason: "you can not pass!"}
 
 func newTokens(key *rsa.PrivateKey) *tokens {
 	return &tokens{key: key, verified: make(map[string]claims)}
@@ -134,6 +135,52 @@ func (t *tokens) remember(token string, c claims) {
 	t.verified[token] = c
 }
 
+// A caller is who sent a request: a user, and the access token that says so.
+type caller struct {
+	user
+	token tokenID
+}
+
+// private wraps a handler that needs a logged-in user.
+func (s *server) private(h func(http.ResponseWriter, *http.Request, caller) error) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		token, err := s.tokens.verify(accessToken(r.Header))
+		if err != nil {
+			return err
+		}
+		u, ok := s.store.activeUser(token.id())
+		if !ok {
+			return errToken
+		}
+		return h(w, r, caller{u, token.id()})
+	}
+}
+
+// accessToken returns the token in X-Access-Token or, if there is no such header, in
+// Authorization (RFC 6750 §2.1), there after Bearer, in upper or lower case (RFC 9110
+// §11.1). X-Access-Token may have the word, too.
+func accessToken(h http.Header) string {
+	value := h.Get("X-Access-Token")
+	_, given := h["X-Access-Token"]
+	if !given {
+		value = h.Get("Authorization")
+	}
+	scheme, token, _ := strings.Cut(value, " ")
+	switch {
+	case strings.EqualFold(scheme, "Bearer"):
+		return strings.TrimLeft(token, " ")
+	case given:
+		return value
+	}
+	return ""
+}
+
+// jwks responds to GET /.well-known/jwks.json (RFC 7517 §5). With it other
+// services can verify tokens but not make them, which is what RS256 is for.
+func (s *server) jwks(w http.ResponseWriter, _ *http.Request) error {
+	return writeJSON(w, http.StatusOK, map[string]any{"keys": []any{s.tokens.jwk()}})
+}
+
 // jwk returns the public key as a JSON Web Key, with which others can verify
 // tokens (RFC 7517 §4, RFC 7518 §6.3.1).
 func (t *tokens) jwk() map[string]string {
@@ -150,7 +197,8 @@ const minKeyBits = 2048
 // readKey reads an RSA private key of at least 2048 bits, in PEM of PKCS #8 or
 // PKCS #1. If there is no file, it returns fs.ErrNotExist.
 func readKey(path string) (*rsa.PrivateKey, error) {
-	if err := isRegular(path); err != nil {
+	path, err := realPath(path)
+	if err != nil {
 		return nil, err
 	}
 	data, err := os.ReadFile(path)
@@ -165,82 +213,44 @@ func readKey(path string) (*rsa.PrivateKey, error) {
 	if err != nil {
 		key, err = x509.ParsePKCS1PrivateKey(block.Bytes)
 	}
-	private, ok := key.(*rsa.PrivateKey)
+	rsaKey, ok := key.(*rsa.PrivateKey)
 	switch {
 	case err != nil || !ok:
 		return nil, errors.New("not an unencrypted RSA private key; choose another file")
-	case private.N.BitLen() < minKeyBits:
-		return nil, fmt.Errorf("only %d bits; choose a key of %d or more", private.N.BitLen(), minKeyBits)
+	case rsaKey.N.BitLen() < minKeyBits:
+		return nil, fmt.Errorf("only %d bits; choose a key of %d or more", rsaKey.N.BitLen(), minKeyBits)
 	}
-	return private, nil
+	return rsaKey, nil
 }
 
-// isPrivate reports whether only its owner has access to a file. On Windows it
-// cannot tell, and returns true.
-func isPrivate(path string) bool {
-	info, err := os.Stat(path)
-	return err == nil && (info.Mode()&0o077 == 0 || runtime.GOOS == "windows")
-}
-
-// makeKey makes a key and saves it in a new file that only its owner can read. If
-// another process has made the file meanwhile, it returns that key.
-func makeKey(path string) (key *rsa.PrivateKey, made bool, err error) {
-	if key, err = rsa.GenerateKey(rand.Reader, minKeyBits); err != nil {
-		return nil, false, err
-	}
-	temp, err := writeKey(path, key)
+// makeKey makes a key and saves it in a new file that only its owner can read.
+func makeKey(path string) (*rsa.PrivateKey, error) {
+	path, err := realPath(path)
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
-	defer os.Remove(temp)
-	err = os.Link(temp, path) // unlike a rename, it replaces no file
-	if err != nil && !errors.Is(err, fs.ErrExist) {
-		err = renameNew(temp, path)
-	}
-	if errors.Is(err, fs.ErrExist) {
-		key, err = readKey(path)
-		return key, false, err
-	} else if err != nil {
-		return nil, false, err
-	}
-	if err := disk(realDisk).syncDirectory(filepath.Dir(path)); err != nil {
-		os.Remove(path)
-		return nil, false, err
-	}
-	return key, true, nil
-}
-
-// renameNew renames a file unless the new name exists. It is for file systems
-// without links.
-func renameNew(from, to string) error {
-	f, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	key, err := rsa.GenerateKey(rand.Reader, minKeyBits)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	f.Close()
-	if err = os.Rename(from, to); err != nil {
-		os.Remove(to)
-	}
-	return err
-}
-
-// writeKey writes a key to a temporary file with a name of its own.
-func writeKey(path string, key *rsa.PrivateKey) (temp string, err error) {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*.tmp")
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	defer f.Close()
+	defer os.Remove(f.Name()) // unless it was renamed
 	err = pem.Encode(f, &pem.Block{Type: "PRIVATE KEY", Bytes: der})
 	if err == nil {
 		err = f.Sync()
 	}
-	if err != nil {
-		os.Remove(f.Name())
+	if closeErr := f.Close(); err == nil {
+		err = closeErr
 	}
-	return f.Name(), err
+	if err != nil {
+		return nil, err
+	}
+	return key, os.Rename(f.Name(), path)
 }

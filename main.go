@@ -22,11 +22,9 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"os"
 	"os/signal"
-	"path"
 	"regexp"
 	"runtime"
 	"runtime/debug"
@@ -36,6 +34,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 func main() {
@@ -45,17 +45,14 @@ func main() {
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return
 	}
-	status := 1
-	if errors.Is(err, errUsage) {
-		status = 2
-	}
-	time.AfterFunc(time.Second, func() { os.Exit(status) }) // even if nobody reads stderr
 	fmt.Fprintln(os.Stderr, "ideapool:", err)
-	os.Exit(status)
+	if errors.Is(err, errUsage) {
+		os.Exit(2)
+	}
+	os.Exit(1)
 }
 
-// run serves until ctx is done or a signal arrives. It checks everything before it
-// changes any file other than the lock.
+// run serves until ctx is done or a signal arrives.
 func run(ctx context.Context, args []string, stderr io.Writer) error {
 	o, err := parseFlags(args, stderr)
 	if err != nil {
@@ -63,7 +60,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	listener, err := net.Listen("tcp", o.addr)
 	if err != nil {
-		return fmt.Errorf("-addr %s: %w; choose another address", o.addr, err)
+		return fmt.Errorf("-addr %s: %w", o.addr, err)
 	}
 	defer listener.Close()
 	logger := newLogger(stderr, o.quiet)
@@ -75,10 +72,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	go func() {                  // in the background, as writing may block
-		printWarnings(logger, o, store)
-		printWelcome(stderr, listener.Addr(), o)
-	}()
+	printWelcome(stderr, listener.Addr(), o)
 	err = newServer(o, key, store, logger).serve(ctx, listener)
 	if closeErr := store.close(); closeErr != nil {
 		return fmt.Errorf("-data %s: %w; nothing is lost, the next start tries again", o.data, closeErr)
@@ -87,188 +81,44 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 }
 
 // open reads the key and the data before it makes a key or changes the data.
-func open(o options, logger *slog.Logger) (key *rsa.PrivateKey, s *store, err error) {
-	key, err = readKey(o.key)
+func open(o options, logger *slog.Logger) (*rsa.PrivateKey, *store, error) {
+	key, err := readKey(o.key)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, fmt.Errorf("-key %s: %w", o.key, explain(err))
+		return nil, nil, fmt.Errorf("-key %s: %w", o.key, err)
 	}
-	if s, err = openStore(o.data, realDisk, logger); err != nil {
-		return nil, nil, fmt.Errorf("-data %s: %w", o.data, explain(err))
+	s, err := openStore(o.data, realDisk, logger)
+	if err != nil {
+		return nil, nil, fmt.Errorf("-data %s: %w", o.data, err)
 	}
-	made := false
 	if key == nil {
-		if key, made, err = makeKey(o.key); err != nil {
+		if key, err = makeKey(o.key); err != nil {
 			s.release()
-			return nil, nil, fmt.Errorf("-key %s: %w", o.key, explain(err))
+			return nil, nil, fmt.Errorf("-key %s: %w", o.key, err)
 		}
 	}
 	if err := s.start(); err != nil {
 		s.release()
-		if made {
-			os.Remove(o.key)
-		}
-		return nil, nil, fmt.Errorf("-data %s: %w", o.data, explain(err))
+		return nil, nil, fmt.Errorf("-data %s: %w", o.data, err)
+	}
+	if s.file != nil && s.file.torn > 0 {
+		logger.Warn("dropped an incomplete last line (it was never acknowledged)", "file", o.data, "line", s.file.torn)
 	}
 	return key, s, nil
 }
 
-// explain adds advice to a file system error.
-func explain(err error) error {
-	_, isPath := errors.AsType[*fs.PathError](err)
-	_, isLink := errors.AsType[*os.LinkError](err)
-	if isPath || isLink {
-		err = fmt.Errorf("%w; check that the directory exists, is writable and has free space, and that the file is not a mount point", err)
-	}
-	return err
-}
-
-// options are the command's flags.
-type options struct {
-	addr, data, key       string
-	accessTTL, refreshTTL time.Duration
-	corsOrigin            string
-	quiet                 bool
-}
-
-var errUsage = errors.New("invalid usage")
-
-// parseFlags reads the command line. It returns errUsage if the command line is
-// invalid, and flag.ErrHelp after printing the help.
-func parseFlags(args []string, stderr io.Writer) (options, error) {
-	var o options
-	flags := flag.NewFlagSet("ideapool", flag.ContinueOnError)
-	flags.SetOutput(io.Discard) // main prints errors
-	flags.StringVar(&o.addr, "addr", "localhost:8080", "listen on `host:port`")
-	flags.StringVar(&o.data, "data", "ideapool.json", "keep all data in `file`; '' keeps it in memory only")
-	flags.StringVar(&o.key, "key", "ideapool.pem", "sign tokens with the RSA key in `file` (PEM), which is created if missing")
-	flags.DurationVar(&o.accessTTL, "access-ttl", 10*time.Minute, "how long an access token is valid")
-	flags.DurationVar(&o.refreshTTL, "refresh-ttl", 30*24*time.Hour, "how long a refresh token is valid")
-	flags.StringVar(&o.corsOrigin, "cors-origin", "*", "allow web pages from this `origin`, such as https://example.org; '*' allows every origin, and none allows no origin")
-	flags.BoolVar(&o.quiet, "quiet", false, "log failures only")
-
-	err := flags.Parse(args)
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprintln(stderr, "Usage: ideapool [flags]")
-		flags.SetOutput(stderr)
-		flags.PrintDefaults()
-		return o, err
-	case err == nil && flags.NArg() > 0:
-		err = fmt.Errorf("unexpected argument %q", flags.Arg(0))
-	case err == nil:
-		err = o.check()
-	}
-	if err != nil {
-		err = fmt.Errorf("%w: %w (run ideapool -h for help)", errUsage, err)
-	}
-	return o, err
-}
-
-func (o options) check() error {
-	_, port, err := net.SplitHostPort(o.addr)
-	key, keyErr := realPath(o.key)
-	data, dataErr := realPath(o.data)
-	shared := keyErr == nil && dataErr == nil && slices.Contains([]string{data, data + ".tmp", data + ".lock"}, key)
-	switch {
-	case err != nil, port == "":
-		return fmt.Errorf("-addr %q must have a port, such as localhost:8080", o.addr)
-	case o.key == "":
-		return errors.New("-key is empty; give the name of a file")
-	case shared:
-		return errors.New("-key is one of the files that -data uses; choose another name")
-	case min(o.accessTTL, o.refreshTTL) < time.Second:
-		return errors.New("-access-ttl and -refresh-ttl must be 1s or more")
-	case o.corsOrigin != "*" && o.corsOrigin != "none" && !isOrigin(o.corsOrigin):
-		return fmt.Errorf("-cors-origin %q is not an origin as browsers send it; give '*', none, or one such as https://example.org", o.corsOrigin)
-	}
-	return nil
-}
-
-func isRegular(name string) error {
-	info, err := os.Stat(name)
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("not a regular file (its mode is %s); choose another one", info.Mode())
-	}
-	return err
-}
-
-var (
-	originShape = regexp.MustCompile(`^([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:]+\])(?::([1-9][0-9]*))?$`)
-	// Browsers read a host as an IPv4 address if its last label is a number
-	// (https://url.spec.whatwg.org/#ends-in-a-number-checker).
-	numericHost = regexp.MustCompile(`(^|\.)([0-9]+|0x[0-9a-f]*)\.?$`)
-)
-
-// isOrigin reports whether a browser sends s as Origin: a scheme, a host, and a
-// port unless it is the default (RFC 6454 §6.2).
-func isOrigin(s string) bool {
-	parts := originShape.FindStringSubmatch(s)
-	if parts == nil {
-		return false
-	}
-	scheme, host, port := parts[1], strings.Trim(parts[2], "[]"), parts[3]
-	if host != parts[2] || numericHost.MatchString(host) {
-		addr, err := netip.ParseAddr(host)
-		if err != nil {
-			return false
-		}
-		canonical := addr.String()
-		if addr.Is4In6() { // browsers write it in hexadecimal
-			b := addr.As16()
-			canonical = fmt.Sprintf("::ffff:%x:%x", int(b[12])<<8|int(b[13]), int(b[14])<<8|int(b[15]))
-		}
-		if canonical != host {
-			return false
-		}
-	}
-	_, err := strconv.ParseUint(port, 10, 16)
-	defaults := map[string]string{"ftp": "21", "http": "80", "https": "443", "ws": "80", "wss": "443"}
-	return scheme != "file" && (port == "" || err == nil && port != defaults[scheme])
-}
-
-func newLogger(w io.Writer, quiet bool) *slog.Logger {
-	level := slog.LevelInfo
-	if quiet {
-		level = slog.LevelWarn
-	}
-	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
-}
-
-func printWarnings(logger *slog.Logger, o options, s *store) {
-	if s.file != nil && s.file.torn > 0 {
-		logger.Warn("dropped an incomplete last line (it was never acknowledged)", "file", o.data, "line", s.file.torn)
-	}
-	for _, name := range []string{o.key, o.data} {
-		if name != "" && !isPrivate(name) {
-			logger.Warn("other users have access to this file of secrets; run chmod 600 on it", "file", name)
-		}
-	}
-}
-
-func printWelcome(w io.Writer, addr net.Addr, o options) {
-	fmt.Fprintf(w, `Idea Pool is at http://%s
-  data: %s
-  key:  %s
-Try it:
-  curl http://%[1]s/users -d email=me@example.org -d name=Me -d password=the-Secret-123
-`, strings.Replace(addr.String(), "[::]", "localhost", 1), cmp.Or(o.data, "in memory, lost when this stops"), o.key)
-}
-
 // A server is the whole API as one [http.Handler].
 type server struct {
-	store      *store
-	tokens     *tokens
-	accessTTL  time.Duration
-	refreshTTL time.Duration
-	hashCost   argonCost
-	hashing    semaphore
-	throttle   loginThrottle
-	logger     *slog.Logger
+	options  options
+	store    *store
+	tokens   *tokens
+	hashCost argonCost
+	hashing  semaphore
+	throttle loginThrottle
+	logger   *slog.Logger
 
 	mux      http.ServeMux
-	patterns []string    // of all routes
+	patterns []string    // of the API's routes
 	headers  http.Header // of every response
-	cors     bool
 
 	idPrefix string // a request id is the prefix and a count
 	requests atomic.Uint64
@@ -276,27 +126,25 @@ type server struct {
 
 func newServer(o options, key *rsa.PrivateKey, store *store, logger *slog.Logger) *server {
 	s := &server{
-		store:      store,
-		tokens:     newTokens(key),
-		accessTTL:  o.accessTTL,
-		refreshTTL: o.refreshTTL,
-		hashCost:   defaultCost(),
-		hashing:    make(semaphore, max(1, runtime.GOMAXPROCS(0)-1)), // one core is for everything else
-		throttle:   loginThrottle{failures: make(map[attempt]failures)},
-		logger:     logger,
+		options:  o,
+		store:    store,
+		tokens:   newTokens(key),
+		hashCost: defaultCost(),
+		hashing:  make(semaphore, max(1, min(3, runtime.GOMAXPROCS(0)-1))), // one core is for everything else
+		throttle: loginThrottle{failures: make(map[attempt]failures)},
+		logger:   logger,
 		headers: http.Header{
 			"X-Content-Type-Options": {"nosniff"},
 			"X-Frame-Options":        {"SAMEORIGIN"},
 			"Cache-Control":          {"no-store"}, // nearly everything is private
 		},
-		cors:     o.corsOrigin != "none",
 		idPrefix: rand.Text()[:8] + "-",
 	}
-	if s.cors {
+	if o.corsOrigin != "none" {
 		s.headers.Set("Access-Control-Allow-Origin", o.corsOrigin)
 		s.headers.Set("Access-Control-Expose-Headers", "Link, Retry-After, X-Request-Id")
 	}
-	if s.cors && o.corsOrigin != "*" {
+	if o.corsOrigin != "none" && o.corsOrigin != "*" {
 		s.headers.Set("Vary", "Origin")
 	}
 	s.routes()
@@ -318,15 +166,21 @@ func (s *server) routes() {
 
 	s.handle("GET /.well-known/jwks.json", s.jwks)
 	s.handle("GET /healthz", s.healthz)
+
+	s.mux.Handle("GET /{$}", s.respond(s.index))
+	s.mux.Handle("/", s.respond(s.noRoute)) // whatever matches no other route
+	if s.options.corsOrigin != "none" {
+		s.mux.Handle("OPTIONS /", s.respond(s.preflight))
+	}
 }
 
 // A handler writes a response, or returns an error.
 type handler func(w http.ResponseWriter, r *http.Request) error
 
-// handle registers the handler of a route.
+// handle registers a route of the API.
 func (s *server) handle(pattern string, h handler) {
 	s.patterns = append(s.patterns, pattern)
-	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) { s.respond(w, r, h) })
+	s.mux.Handle(pattern, s.respond(h))
 }
 
 // serve responds to requests from listener until ctx is done, and then lets running
@@ -337,8 +191,8 @@ func (s *server) serve(ctx context.Context, listener net.Listener) error {
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      30 * time.Second,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    12 << 10, // net/http adds 4 KiB of its own: 16 in all
+		IdleTimeout:       3 * time.Minute, // proxies reuse a connection for up to two
+		MaxHeaderBytes:    12 << 10,        // net/http adds 4 KiB of its own: 16 in all
 		ErrorLog:          slog.NewLogLogger(s.logger.Handler(), slog.LevelWarn),
 	}
 	failed := make(chan error, 1)
@@ -348,7 +202,8 @@ func (s *server) serve(ctx context.Context, listener net.Listener) error {
 		return err
 	case <-ctx.Done():
 	}
-	deadline, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	// Docker kills a container ten seconds after SIGTERM.
+	deadline, cancel := context.WithTimeout(context.Background(), 8*time.Second)
 	defer cancel()
 	if srv.Shutdown(deadline) != nil {
 		srv.Close()
@@ -358,60 +213,70 @@ func (s *server) serve(ctx context.Context, listener net.Listener) error {
 
 const maxBody = 64 << 10 // bytes
 
-// ServeHTTP finds the handler of a request.
+// ServeHTTP sets the common headers and finds the handler of a request. It makes
+// //ideas and /ideas/ mean /ideas: the mux would redirect the first, which browsers
+// do not follow after a preflight, and would not match the second. The path stays
+// escaped: an escaped slash is data.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	maps.Copy(w.Header(), s.headers)
 	w.Header().Set("X-Request-Id", s.idPrefix+strconv.FormatUint(s.requests.Add(1), 10))
-	r = cleanPath(r)
-	_, pattern := s.mux.Handler(r)
-	switch {
-	case s.cors && r.Method == http.MethodOptions:
-		s.respond(w, r, s.preflight)
-	case r.ContentLength > maxBody:
-		s.respond(w, r, func(http.ResponseWriter, *http.Request) error { return errTooLarge })
-	case pattern == "":
-		s.respond(w, r, s.noRoute)
-	default:
-		s.mux.ServeHTTP(w, r)
+
+	root := url.URL{Path: "/", RawQuery: r.URL.RawQuery}
+	clean := *r // net/http still needs r as it is
+	clean.URL = root.JoinPath(r.URL.EscapedPath(), "")
+	clean.Body = http.MaxBytesReader(w, r.Body, maxBody)
+
+	response := http.NewResponseController(w)
+	response.EnableFullDuplex() // respond first, and then read what is left of the body
+	s.mux.ServeHTTP(w, &clean)
+	if !drain(response, r) {
+		panic(http.ErrAbortHandler) // the rest of the body must not count as a request
 	}
 }
 
-// cleanPath makes //ideas and /ideas/ mean /ideas. The mux would redirect the
-// first, which not all browsers follow after a preflight, and would not match the
-// second. The path stays escaped: an escaped slash is data.
-func cleanPath(r *http.Request) *http.Request {
-	escaped := r.URL.EscapedPath()
-	if strings.HasPrefix(escaped, "/") && path.Clean(escaped) == escaped {
-		return r
+// drain sends the response and then reads what is left of the body, up to 1 MiB and
+// for at most a second. If a connection is closed before that, the kernel resets it,
+// and the client may never see the response (https://go.dev/issue/22209). It reports
+// whether nothing is left.
+func drain(response *http.ResponseController, r *http.Request) bool {
+	if r.Body == http.NoBody || r.Header.Get("Expect") != "" { // with Expect, net/http closes the connection
+		return true
 	}
-	clean := path.Clean("/" + escaped)
-	u, copied := *r.URL, *r
-	u.Path, _ = url.PathUnescape(clean) // EscapedPath is always valid
-	u.RawPath = clean
-	copied.URL = &u
-	return &copied
+	response.Flush()
+	response.SetReadDeadline(time.Now().Add(time.Second))
+	_, err := io.CopyN(io.Discard, r.Body, 1<<20)
+	return err == io.EOF
 }
 
 // respond runs a handler and logs a line. If the handler fails before it writes
-// anything, respond writes the error.
-func (s *server) respond(w http.ResponseWriter, r *http.Request, h handler) {
-	start := time.Now()
-	rec := &recorder{ResponseWriter: w}
-	err := recoverPanic(h, rec, r)
-	if err != nil && rec.status == 0 {
-		writeError(rec, err)
+// anything, respond writes the error. If it fails later, respond aborts the
+// connection: the client must not take a part of a response for the whole.
+func (s *server) respond(h handler) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		start := time.Now()
+		rec := &recorder{ResponseWriter: w}
+		err := recoverPanic(h, rec, r)
+		abort := err != nil && (rec.status != 0 || err == errClientGone || err == http.ErrAbortHandler)
+		if err == errClientGone {
+			rec.status = errClientGone.status
+		}
+		if err != nil && !abort {
+			writeError(rec, err)
+		}
+		s.logRequest(r, rec, err, time.Since(start))
+		if abort {
+			panic(http.ErrAbortHandler)
+		}
 	}
-	s.logRequest(r, rec, err, start)
 }
 
-// recoverPanic runs a handler and turns a panic into an error, except
-// http.ErrAbortHandler, with which a handler aborts its response.
+// recoverPanic runs a handler and turns a panic into an error.
 func recoverPanic(h handler, w http.ResponseWriter, r *http.Request) (err error) {
 	defer func() {
 		switch p := recover(); p {
 		case nil:
 		case http.ErrAbortHandler:
-			panic(p)
+			err = http.ErrAbortHandler
 		default:
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
@@ -426,7 +291,9 @@ type recorder struct {
 }
 
 func (w *recorder) WriteHeader(status int) {
-	w.status = cmp.Or(w.status, status)
+	if status >= 200 { // 1xx is not the response
+		w.status = cmp.Or(w.status, status)
+	}
 	w.ResponseWriter.WriteHeader(status)
 }
 
@@ -438,48 +305,37 @@ func (w *recorder) Write(b []byte) (int, error) {
 // Unwrap is for [http.ResponseController].
 func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// logRequest logs a line without the query, which may hold a token.
-func (s *server) logRequest(r *http.Request, w *recorder, err error, start time.Time) {
-	level := logLevel(err)
-	if !s.logger.Enabled(r.Context(), level) {
-		return
+// logRequest logs a line without the query, which may hold a token. Failures have a
+// level above Info, so that -quiet still logs them.
+func (s *server) logRequest(r *http.Request, w *recorder, err error, duration time.Duration) {
+	level := slog.LevelInfo
+	known, isKnown := errors.AsType[*apiError](err)
+	switch {
+	case err == nil:
+	case !isKnown, known.status >= 500:
+		level = slog.LevelError
+	case known == errWrongLogin, known.status == http.StatusTooManyRequests:
+		level = slog.LevelWarn
 	}
-	target, _, _ := strings.Cut(r.RequestURI, "?")
-	if r.URL.Host != "" { // as in http://user:password@host/path
-		target = r.URL.EscapedPath()
-	}
-	attrs := []any{
-		"method", r.Method, "path", target, "status", w.status,
-		"duration", time.Since(start), "id", w.Header().Get("X-Request-Id"),
+	attrs := []slog.Attr{
+		slog.String("method", r.Method),
+		slog.String("path", r.URL.EscapedPath()),
+		slog.Int("status", w.status),
+		slog.Duration("duration", duration),
+		slog.String("client", s.clientAddr(r).String()),
+		slog.String("id", w.Header().Get("X-Request-Id")),
 	}
 	if level > slog.LevelInfo {
-		attrs = append(attrs, "error", err)
+		attrs = append(attrs, slog.Any("error", err))
 	}
-	s.logger.Log(r.Context(), level, "request", attrs...)
-}
-
-// logLevel returns a level above Info for failures, which -quiet still logs.
-func logLevel(err error) slog.Level {
-	switch {
-	case err != nil && statusOf(err) >= 500:
-		return slog.LevelError
-	case errors.Is(err, errThrottled), errors.Is(err, errWrongLogin):
-		return slog.LevelWarn
-	}
-	return slog.LevelInfo
+	s.logger.LogAttrs(r.Context(), level, "request", attrs...)
 }
 
 // preflight responds to the OPTIONS request that a browser sends before some
 // requests to another origin (https://fetch.spec.whatwg.org/#cors-preflight-fetch).
 func (s *server) preflight(w http.ResponseWriter, r *http.Request) error {
-	var methods []string
-	for _, pattern := range s.patterns {
-		method, _, _ := strings.Cut(pattern, " ")
-		methods = append(methods, method)
-	}
-	slices.Sort(methods)
 	h := w.Header()
-	h.Set("Access-Control-Allow-Methods", strings.Join(slices.Compact(methods), ", "))
+	h.Set("Access-Control-Allow-Methods", strings.Join(s.methods(), ", "))
 	h.Set("Access-Control-Max-Age", "86400") // a day, in seconds
 	if asked := r.Header.Values("Access-Control-Request-Headers"); len(asked) > 0 {
 		h["Access-Control-Allow-Headers"] = asked
@@ -488,26 +344,38 @@ func (s *server) preflight(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// noRoute asks the mux whether the path or the method is wrong. The mux itself
-// would respond in plain text.
+// methods returns the methods of all routes.
+func (s *server) methods() []string {
+	var methods []string
+	for _, pattern := range s.patterns {
+		method, _, _ := strings.Cut(pattern, " ")
+		methods = append(methods, method)
+	}
+	slices.Sort(methods)
+	return slices.Compact(methods)
+}
+
+// noRoute asks the mux whether the path or the method is wrong.
 func (s *server) noRoute(w http.ResponseWriter, r *http.Request) error {
-	h, _ := s.mux.Handler(r)
-	response := make(headersOnly)
-	h.ServeHTTP(response, r)
-	allow := response.Header().Get("Allow") // RFC 9110 §15.5.6
-	if allow == "" {
+	var allowed []string
+	for _, method := range append(s.methods(), http.MethodHead) {
+		_, pattern := s.mux.Handler(&http.Request{Method: method, Host: r.Host, URL: r.URL})
+		if pattern != "/" {
+			allowed = append(allowed, method)
+		}
+	}
+	if allowed == nil {
 		return errNoRoute
 	}
-	w.Header().Set("Allow", allow)
+	slices.Sort(allowed)
+	w.Header().Set("Allow", strings.Join(allowed, ", ")) // RFC 9110 §15.5.6
 	return errMethod
 }
 
-// headersOnly is a ResponseWriter that keeps nothing but the headers.
-type headersOnly http.Header
-
-func (h headersOnly) Header() http.Header         { return http.Header(h) }
-func (h headersOnly) WriteHeader(int)             {}
-func (h headersOnly) Write(b []byte) (int, error) { return len(b), nil }
+// index responds to GET / for people who open the printed address in a browser.
+func (s *server) index(w http.ResponseWriter, _ *http.Request) error {
+	return writeJSON(w, http.StatusOK, map[string]any{"name": "Idea Pool", "routes": s.patterns})
+}
 
 // healthz responds to GET /healthz.
 func (s *server) healthz(w http.ResponseWriter, _ *http.Request) error {
@@ -517,66 +385,54 @@ func (s *server) healthz(w http.ResponseWriter, _ *http.Request) error {
 	return writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
 }
 
-// writeError responds with the status of an error and its text as the reason. The
-// text of an internal error is only logged.
-func writeError(w http.ResponseWriter, err error) {
-	status, reason := statusOf(err), err.Error()
-	switch status {
-	case http.StatusUnauthorized:
-		reason = "you can not pass!"                 // the original API's words, which clients compare
-		w.Header().Set("WWW-Authenticate", "Bearer") // RFC 9110 §11.6.1
-	case http.StatusRequestEntityTooLarge:
-		w.Header().Set("Connection", "close") // or net/http waits for the rest of the body
-	case http.StatusServiceUnavailable:
-		w.Header().Set("Retry-After", "1")
-	case http.StatusInternalServerError:
-		reason = "something went wrong on the server"
-	}
-	fields, _ := errors.AsType[fieldErrors](err)
-	writeJSON(w, status, struct {
-		Reason string      `json:"reason"`
-		Fields fieldErrors `json:"fields,omitempty"`
-	}{reason, fields})
+// An apiError is an error that a client may see: a status, and the body of the
+// response. The text of any other error is only logged.
+type apiError struct {
+	status     int
+	retryAfter int               // seconds, of a 429 or 503
+	Reason     string            `json:"reason"` // words for people
+	Fields     map[string]string `json:"fields,omitempty"`
 }
 
-// statusOf is the only place where an error becomes a status.
-func statusOf(err error) int {
-	is := func(target error) bool { return errors.Is(err, target) }
-	switch {
-	case is(errBody), is(errForm), is(errDuplicate), is(errWrongLogin), is(errRefreshToken):
-		return http.StatusBadRequest
-	case is(errToken):
-		return http.StatusUnauthorized
-	case is(errNoIdea), is(errNoRoute):
-		return http.StatusNotFound
-	case is(errMethod):
-		return http.StatusMethodNotAllowed
-	case is(errEmailTaken):
-		return http.StatusConflict
-	case is(errTooLarge):
-		return http.StatusRequestEntityTooLarge
-	case is(errMediaType):
-		return http.StatusUnsupportedMediaType
-	case is(errThrottled):
-		return http.StatusTooManyRequests
-	case is(errBusy), is(errNoExpiry), is(errNotSaved):
-		return http.StatusServiceUnavailable
-	}
-	if _, ok := errors.AsType[fieldErrors](err); ok {
-		return http.StatusUnprocessableEntity
-	}
-	return http.StatusInternalServerError
-}
+func (e *apiError) Error() string { return e.Reason }
 
 var (
-	errNoRoute   = errors.New("there is nothing at this path")
-	errMethod    = errors.New("method not allowed")
-	errBody      = errors.New("the body must be one JSON object, or a form")
-	errForm      = errors.New("the form is malformed")
-	errDuplicate = errors.New("is given twice")
-	errTooLarge  = errors.New("the body must be at most 64 KiB")
-	errMediaType = errors.New("the Content-Type must be application/json or application/x-www-form-urlencoded")
+	errNoRoute   = &apiError{status: http.StatusNotFound, Reason: "there is nothing at this path"}
+	errMethod    = &apiError{status: http.StatusMethodNotAllowed, Reason: "method not allowed"}
+	errTooLarge  = &apiError{status: http.StatusRequestEntityTooLarge, Reason: "the body must be at most 64 KiB"}
+	errMediaType = &apiError{status: http.StatusUnsupportedMediaType, Reason: "the Content-Type must be application/json or application/x-www-form-urlencoded"}
+	errBody      = &apiError{status: http.StatusBadRequest, Reason: "the body must be one JSON object, or a form"}
+	errForm      = &apiError{status: http.StatusBadRequest, Reason: "the form is malformed; escape ; as %3B and % as %25 (curl: --data-urlencode)"}
+	errLateBody  = &apiError{status: http.StatusRequestTimeout, Reason: "the body did not arrive in time"}
+	errInternal  = &apiError{status: http.StatusInternalServerError, Reason: "something went wrong on the server"}
+
+	// errClientGone is never sent. 499 is what nginx logs then.
+	errClientGone = &apiError{status: 499, Reason: "the client has gone"}
 )
+
+// invalidFields returns an error that names each field and the rule that it breaks.
+func invalidFields(fields map[string]string) *apiError {
+	var words []string
+	for _, name := range slices.Sorted(maps.Keys(fields)) {
+		words = append(words, name+" "+fields[name])
+	}
+	return &apiError{status: http.StatusUnprocessableEntity, Reason: strings.Join(words, "; "), Fields: fields}
+}
+
+// writeError responds with an error.
+func writeError(w http.ResponseWriter, err error) {
+	e, known := errors.AsType[*apiError](err)
+	if !known {
+		e = errInternal
+	}
+	if e.status == http.StatusUnauthorized {
+		w.Header().Set("WWW-Authenticate", "Bearer") // RFC 9110 §11.6.1
+	}
+	if e.retryAfter > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(e.retryAfter))
+	}
+	writeJSON(w, e.status, e)
+}
 
 // writeJSON responds with v. It encodes before it writes, so that an error can
 // still become a response.
@@ -594,4 +450,244 @@ func writeBody(w http.ResponseWriter, status int, body []byte) {
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
 	w.Write(body)
+}
+
+// An input is what a client sent: the members of a JSON object, a form or a query.
+// Each is read by the rule of its field. After that, err returns everything that
+// is wrong.
+type input struct {
+	members map[string]json.RawMessage
+	bodyErr error // why there are no members
+	invalid map[string]string
+}
+
+func newInput(members map[string]json.RawMessage, err error) *input {
+	return &input{members: members, bodyErr: err, invalid: make(map[string]string)}
+}
+
+func readBody(r *http.Request) *input { return newInput(parseBody(r)) }
+
+// parseBody reads a JSON object or a form. A DELETE may have no body.
+func parseBody(r *http.Request) (map[string]json.RawMessage, error) {
+	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+	mediaType = strings.ToLower(strings.TrimSpace(mediaType))
+	isForm := mediaType == "application/x-www-form-urlencoded"
+	if !isForm && mediaType != "application/json" && mediaType != "" {
+		return nil, errMediaType
+	}
+	if r.ContentLength > maxBody {
+		return nil, errTooLarge // at once
+	}
+	body, err := io.ReadAll(r.Body)
+	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
+	switch {
+	case tooLarge:
+		return nil, errTooLarge
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, errLateBody
+	case err != nil:
+		return nil, errBody // it did not arrive as a whole
+	case len(body) == 0 && r.Method == http.MethodDelete:
+		return nil, nil
+	case isForm && !strings.HasPrefix(strings.TrimLeft(string(body), " \t\r\n"), "{"): // as curl -d '{…}' sends it
+		return parseForm(string(body))
+	}
+	return parseObject(body)
+}
+
+// parseObject reads one JSON object. (json.Unmarshal alone would accept null, and
+// replace invalid UTF-8.)
+func parseObject(body []byte) (members map[string]json.RawMessage, err error) {
+	if !utf8.Valid(body) || json.Unmarshal(body, &members) != nil || members == nil {
+		return nil, errBody
+	}
+	return members, nil
+}
+
+func parseForm(form string) (map[string]json.RawMessage, error) {
+	values, err := url.ParseQuery(form)
+	if err != nil {
+		return nil, errForm
+	}
+	return toJSON(values), nil
+}
+
+// toJSON returns the first value of each name.
+func toJSON(values url.Values) map[string]json.RawMessage {
+	members := make(map[string]json.RawMessage)
+	for name := range values {
+		members[name], _ = json.Marshal(values.Get(name)) // text is always valid
+	}
+	return members
+}
+
+// text reads 1 to limit characters, after trimming.
+func (in *input) text(name string, limit int) string {
+	s := strings.TrimSpace(in.string(name))
+	in.checkText(name, s, utf8.RuneCountInString(s), limit, "characters")
+	return s
+}
+
+// secret reads 1 to limit bytes as they are, without trimming.
+func (in *input) secret(name string, limit int) string {
+	s := in.string(name)
+	in.checkText(name, s, len(s), limit, "bytes")
+	return s
+}
+
+func (in *input) string(name string) string {
+	value, given := in.members[name]
+	if !given {
+		in.reject(name, "must be given")
+		return ""
+	}
+	var s *string // nil for null
+	if json.Unmarshal(value, &s) != nil || s == nil {
+		in.reject(name, "must be text")
+		return ""
+	}
+	return *s
+}
+
+// checkText rejects text of the wrong length, control characters that a text area
+// does not send, and U+FFFD: encoding/json puts it in place of what is not
+// Unicode, so that two passwords could become one.
+func (in *input) checkText(name, s string, length, limit int, unit string) {
+	switch {
+	case length == 0:
+		in.reject(name, "must not be empty")
+	case length > limit:
+		in.reject(name, fmt.Sprintf("must be at most %d %s long", limit, unit))
+	}
+	unwanted := func(r rune) bool {
+		return r == utf8.RuneError || unicode.IsControl(r) && !strings.ContainsRune("\t\n\r", r)
+	}
+	if strings.ContainsFunc(s, unwanted) {
+		in.reject(name, "must not contain control characters or U+FFFD")
+	}
+}
+
+// integer reads an integer from 1 to limit. Many clients send it as a string of
+// digits, which is accepted, too.
+func (in *input) integer(name string, limit int) int {
+	value, given := in.members[name]
+	if !given {
+		in.reject(name, "must be given")
+		return 0
+	}
+	digits := string(value)
+	if digits[0] == '"' {
+		json.Unmarshal(value, &digits)
+	}
+	n, err := strconv.ParseUint(digits, 10, 16)
+	if err != nil || n < 1 || int(n) > limit {
+		in.reject(name, fmt.Sprintf("must be an integer from 1 to %d", limit))
+	}
+	return int(n)
+}
+
+// reject records a rule that a field breaks. Only the first is kept.
+func (in *input) reject(name, rule string) {
+	if in.invalid[name] == "" {
+		in.invalid[name] = rule
+	}
+}
+
+func (in *input) err() error {
+	if in.bodyErr == nil && len(in.invalid) > 0 {
+		return invalidFields(in.invalid)
+	}
+	return in.bodyErr
+}
+
+// options are the command's flags.
+type options struct {
+	addr, data, key       string
+	accessTTL, refreshTTL time.Duration
+	corsOrigin            string
+	trustProxy, quiet     bool
+}
+
+var errUsage = errors.New("invalid usage")
+
+// parseFlags reads the command line. It returns errUsage if the command line is
+// invalid, and flag.ErrHelp after printing the help.
+func parseFlags(args []string, stderr io.Writer) (options, error) {
+	var o options
+	flags := flag.NewFlagSet("ideapool", flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // main prints errors
+	flags.StringVar(&o.addr, "addr", "localhost:8080", "listen on `host:port`")
+	flags.StringVar(&o.data, "data", "ideapool.json", "keep all data in `file`; '' keeps it in memory only")
+	flags.StringVar(&o.key, "key", "ideapool.pem", "sign tokens with the RSA key in `file` (PEM), which is created if missing")
+	flags.DurationVar(&o.accessTTL, "access-ttl", 10*time.Minute, "how long an access token is valid")
+	flags.DurationVar(&o.refreshTTL, "refresh-ttl", 30*24*time.Hour, "how long a refresh token is valid")
+	flags.StringVar(&o.corsOrigin, "cors-origin", "*", "allow web pages from this `origin`, such as https://example.org; '*' allows every origin, and none allows no origin")
+	flags.BoolVar(&o.trustProxy, "trust-proxy", false, "take the client's address from X-Forwarded-For; for a server behind one proxy")
+	flags.BoolVar(&o.quiet, "quiet", false, "log failures only")
+
+	err := flags.Parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprintln(stderr, "Usage: ideapool [flags]")
+		flags.SetOutput(stderr)
+		flags.PrintDefaults()
+		return o, err
+	case err == nil && flags.NArg() > 0:
+		err = fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	case err == nil:
+		err = o.validate()
+	}
+	if err != nil {
+		err = fmt.Errorf("%w: %w (run ideapool -h for help)", errUsage, err)
+	}
+	return o, err
+}
+
+func (o options) validate() error {
+	_, port, err := net.SplitHostPort(o.addr)
+	key, keyErr := realPath(o.key)
+	data, dataErr := realPath(o.data)
+	shared := keyErr == nil && dataErr == nil && slices.Contains([]string{data, data + ".tmp", data + ".lock"}, key)
+	switch {
+	case err != nil, port == "":
+		return fmt.Errorf("-addr %q must have a port, such as localhost:8080", o.addr)
+	case o.key == "":
+		return errors.New("-key is empty; give the name of a file")
+	case strings.HasSuffix(o.key, "/"), strings.HasSuffix(o.data, "/"):
+		return errors.New("-data and -key must name files, not directories")
+	case shared:
+		return errors.New("-key is one of the files that -data uses; choose another name")
+	case min(o.accessTTL, o.refreshTTL) < time.Second:
+		return errors.New("-access-ttl and -refresh-ttl must be 1s or more")
+	case o.corsOrigin != "*" && o.corsOrigin != "none" && !isOrigin(o.corsOrigin):
+		return fmt.Errorf("-cors-origin %q is not an origin as browsers send it; give '*', none, or one such as https://example.org", o.corsOrigin)
+	}
+	return nil
+}
+
+var originShape = regexp.MustCompile(`^[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[1-9][0-9]{0,4})?$`)
+
+// isOrigin reports whether s looks like what a browser sends as Origin: a scheme, a
+// host, and a port unless it is the default (RFC 6454 §6.2).
+func isOrigin(s string) bool {
+	isDefault := strings.HasPrefix(s, "http://") && strings.HasSuffix(s, ":80") ||
+		strings.HasPrefix(s, "https://") && strings.HasSuffix(s, ":443")
+	return originShape.MatchString(s) && !isDefault && !strings.HasPrefix(s, "file:")
+}
+
+func newLogger(w io.Writer, quiet bool) *slog.Logger {
+	level := slog.LevelInfo
+	if quiet {
+		level = slog.LevelWarn
+	}
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
+}
+
+func printWelcome(w io.Writer, addr net.Addr, o options) {
+	fmt.Fprintf(w, `Idea Pool is at http://%s
+  data: %s
+  key:  %s
+Try it:
+  curl http://%[1]s/users -d email=me@example.org -d name=Me -d password=the-Secret-123
+`, strings.Replace(addr.String(), "[::]", "localhost", 1), cmp.Or(o.data, "in memory, lost when this stops"), o.key)
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -80,13 +82,11 @@ type change struct {
 
 // validate checks what a change says, whether it comes from a handler or from FILE.
 func (c change) validate() error {
-	switch {
-	case c.User != nil:
+	if c.User != nil {
 		return c.User.validate()
-	case c.Create != nil:
-		return c.Create.encode()
-	case c.Update != nil:
-		return c.Update.encode()
+	}
+	if i := cmp.Or(c.Create, c.Update); i != nil {
+		return i.encode()
 	}
 	return nil
 }
@@ -109,7 +109,10 @@ type account struct {
 }
 
 var (
-	errNotSaved     = errors.New("cannot save changes right now; please try again")
+	errNotSaved = &apiError{
+		status: http.StatusServiceUnavailable, retryAfter: 1,
+		Reason: "cannot save changes right now; please try again",
+	}
 	errInconsistent = errors.New("it is invalid, or contradicts earlier changes")
 )
 
@@ -122,7 +125,7 @@ func (m *memory) apply(c change) error {
 	case c.Session != nil:
 		return m.addSession(c.Session)
 	case c.Logout != nil:
-		return m.logOut(*c.Logout)
+		return m.endToken(*c.Logout)
 	case c.Create != nil:
 		return m.addIdea(c.Create)
 	case c.Update != nil:
@@ -133,6 +136,11 @@ func (m *memory) apply(c change) error {
 		return nil
 	}
 	return errInconsistent
+}
+
+// size returns the number of changes in a snapshot.
+func (m *memory) size() int {
+	return len(m.accounts) + len(m.sessions) + len(m.ideas) + len(m.loggedOut)
 }
 
 // snapshot returns the shortest list of changes that makes this memory, always in
@@ -238,9 +246,8 @@ func openStore(path string, disk disk, logger *slog.Logger) (*store, error) {
 // reads work all the same, and each change tries again.
 func (s *store) start() error {
 	if s.file != nil {
-		isNew := s.file.file == nil
 		err := s.prepareFile()
-		if err != nil && isNew {
+		if s.file.file == nil {
 			return err
 		}
 		s.reportHealth(err)
@@ -345,7 +352,7 @@ func (s *store) commitBatch(batch []pendingChange) {
 	err := s.save(batch)
 	s.reportHealth(err) // before anybody hears of the result
 	for _, p := range batch {
-		result := errNotSaved
+		result := error(errNotSaved)
 		if err == nil {
 			s.mu.Lock()
 			result = s.apply(p.change)
@@ -353,11 +360,18 @@ func (s *store) commitBatch(batch []pendingChange) {
 		}
 		p.result <- result
 	}
-	if s.file == nil || s.file.later <= s.file.most {
-		return
+	if s.file != nil && s.file.later-s.file.tried > 1000+s.size() {
+		s.compactInTime()
 	}
+}
+
+// compactInTime compacts FILE when changes that have been overtaken by others make
+// up half of it: so a compaction costs about as much as there were changes since the
+// last one.
+func (s *store) compactInTime() {
 	if err := s.compact(); err != nil {
-		go s.logger.Error("cannot compact the data file; will try again after more changes", "error", err)
+		s.file.tried = s.file.later // and after as many changes, try again
+		go s.logger.Error("cannot compact the data file; will try again later", "error", err)
 	}
 }
 
@@ -406,15 +420,11 @@ func (s *store) reportHealth(err error) {
 }
 
 // compact replaces FILE by a snapshot of memory. Changes wait meanwhile, reads do
-// not. A compaction costs about as much as there are changes in the snapshot, so
-// the next one comes after as many changes, and 1,000 more. Sessions and logouts
-// are kept for a day after they expire, in case the clock is set back.
+// not. Sessions and logouts are kept for a day after they expire, in case the clock
+// is set back.
 func (s *store) compact() error {
 	aDayAgo := time.Now().Add(-24 * time.Hour).Unix()
-	changes := s.snapshot(aDayAgo)
-	err := s.file.replace(s.ids.String(), changes)
-	s.file.most = s.file.later + 1000 + len(changes)
-	if err != nil {
+	if err := s.file.replace(s.ids.String(), s.snapshot(aDayAgo)); err != nil {
 		return err
 	}
 	s.mu.Lock()
@@ -433,7 +443,7 @@ type dataFile struct {
 	sum  uint32      // the checksum of that
 
 	later int // changes after the snapshot
-	most  int // when there are more of them, a compaction is due
+	tried int // so many of them when a compaction last failed
 	torn  int // the number of an incomplete last line that load dropped
 }
 
@@ -509,7 +519,7 @@ func (f *dataFile) replace(lastID string, changes []change) error {
 		os.Remove(next.path)
 		return err
 	}
-	f.size, f.sum, f.later = next.size, next.sum, 0
+	f.size, f.sum, f.later, f.tried = next.size, next.sum, 0, 0
 	return nil
 }
 
@@ -632,16 +642,17 @@ func (f *dataFile) readSnapshot(data []byte, m *memory) (end int, err error) {
 			return 0, fmt.Errorf("changes[%d]: %w", n, err)
 		}
 	}
-	f.size, f.most = int64(end+len("\n")), 1000+len(r.Changes)
+	f.size = int64(end + len("\n"))
 	return end, nil
 }
 
 var errChecksum = errors.New("damaged, or edited without removing crc32c: the checksum does not match")
 
 // readLines applies the lines that follow the snapshot. It drops a last line that
-// was not written as a whole, and so was never acknowledged. A last line without a
-// line end counts, and blank space after it is harmless: FILE then has another size
-// than its lines, so it is not intact.
+// was not written as a whole, and so was never acknowledged: it has no line end, or
+// zeros in place of a block that was lost. (A single zero may be a flipped bit.) A
+// whole line without its end counts, and blank space at the end is harmless: the
+// size of FILE is then not that of its lines, so FILE is not intact.
 func (f *dataFile) readLines(data []byte, end int, m *memory) error {
 	text := bytes.TrimRight(data, " \t\r\n")
 	hasEnd := bytes.Contains(data[len(text):], []byte("\n"))
@@ -653,7 +664,8 @@ func (f *dataFile) readLines(data []byte, end int, m *memory) error {
 		var line []byte
 		line, rest, _ = bytes.Cut(rest, []byte("\n"))
 		err := f.readLine(line, m)
-		if err == errChecksum && len(rest) == 0 && isTorn(line, hasEnd) {
+		isTorn := !hasEnd || bytes.HasPrefix(line, []byte{0}) || bytes.Contains(line, []byte{0, 0})
+		if err == errChecksum && len(rest) == 0 && isTorn {
 			f.torn = number
 			return nil
 		}
@@ -692,13 +704,6 @@ func (f *dataFile) verify(text []byte) bool {
 	}
 	f.sum = sum
 	return true
-}
-
-// isTorn reports whether the last line did not reach the disk as a whole: it has no
-// line end, or zeros in place of a block that was lost. (One zero alone may be a
-// flipped bit, unless it is in the place of a brace.)
-func isTorn(line []byte, hasEnd bool) bool {
-	return !hasEnd || line[0] == 0 || bytes.Contains(line, []byte{0, 0})
 }
 
 // decodeRecord decodes the first JSON value of a text and returns where it ends.
