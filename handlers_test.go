@@ -746,7 +746,6 @@ func TestUnreadBodies(t *testing.T) {
 		want            int
 	}{
 		{"POST /ideas", "", 401},
-		{"POST /users", "Content-Type: text/plain\r\n", 415},
 		{"POST /nowhere", "", 404},
 		{"PATCH /me", "", 405},
 		{"POST /users", "", 413},
@@ -843,7 +842,6 @@ func TestExpectContinue(t *testing.T) {
 		{"PATCH /me", expect + "Content-Length: 9", http.StatusMethodNotAllowed},
 		{"POST /users", expect + "Content-Length: 65537", http.StatusRequestEntityTooLarge},
 		{"POST /users", "Content-Length: 65537", http.StatusRequestEntityTooLarge},
-		{"POST /users", expect + "Content-Length: 9\r\nContent-Type: text/plain", http.StatusUnsupportedMediaType},
 		{"OPTIONS /ideas", expect + "Content-Length: 9", http.StatusNoContent},
 	} {
 		synctest.Test(t, func(t *testing.T) {

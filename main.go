@@ -472,11 +472,8 @@ func parseBody(r *http.Request) (map[string]json.RawMessage, error) {
 	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
 	mediaType = strings.ToLower(strings.TrimSpace(mediaType))
 	isForm := mediaType == "application/x-www-form-urlencoded"
-	if !isForm && mediaType != "application/json" && mediaType != "" {
-		return nil, errMediaType
-	}
 	if r.ContentLength > maxBody {
-		return nil, errTooLarge // at once
+		return nil, errTooLarge // before the client sends it
 	}
 	body, err := io.ReadAll(r.Body)
 	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
@@ -489,6 +486,8 @@ func parseBody(r *http.Request) (map[string]json.RawMessage, error) {
 		return nil, errBody // it did not arrive as a whole
 	case len(body) == 0 && r.Method == http.MethodDelete:
 		return nil, nil
+	case !isForm && mediaType != "application/json" && mediaType != "":
+		return nil, errMediaType
 	case isForm && !strings.HasPrefix(strings.TrimLeft(string(body), " \t\r\n"), "{"): // as curl -d '{…}' sends it
 		return parseForm(string(body))
 	}
