@@ -1236,13 +1236,13 @@ func FuzzRequest(f *testing.F) {
 		f.Add(method, path+"?page=2", "application/x-www-form-urlencoded", "refresh_token=a%00&email=a%40b.c")
 	}
 	f.Add("CONNECT", "/ideas/../me", "", "[]")
-	f.Add("GET", "*", "", "")
+	f.Add("GET", "http://example.org", "", "")
 	c := newClient(f, s)
 	c.signUp()
 	jack, _ := s.store.userByEmail("jack@test.com")
 	f.Fuzz(func(t *testing.T, method, path, contentType, body string) {
 		u, err := url.ParseRequestURI(path)
-		if err != nil || !regexp.MustCompile("^[A-Z]+$").MatchString(method) {
+		if err != nil || path == "*" || !regexp.MustCompile("^[A-Z]+$").MatchString(method) {
 			t.Skip()
 		}
 		// The token is a new one if the last was logged out.

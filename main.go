@@ -25,6 +25,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"path"
 	"regexp"
 	"runtime"
 	"runtime/debug"
@@ -213,39 +214,44 @@ func (s *server) serve(ctx context.Context, listener net.Listener) error {
 
 const maxBody = 64 << 10 // bytes
 
-// ServeHTTP sets the common headers and finds the handler of a request. It makes
-// //ideas and /ideas/ mean /ideas: the mux would redirect the first, which browsers
-// do not follow after a preflight, and would not match the second. The path stays
-// escaped: an escaped slash is data.
+// ServeHTTP sets the common headers and finds the handler of a request.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	maps.Copy(w.Header(), s.headers)
 	w.Header().Set("X-Request-Id", s.idPrefix+strconv.FormatUint(s.requests.Add(1), 10))
-
-	root := url.URL{Path: "/", RawQuery: r.URL.RawQuery}
-	clean := *r // net/http still needs r as it is
-	clean.URL = root.JoinPath(r.URL.EscapedPath(), "")
-	clean.Body = http.MaxBytesReader(w, r.Body, maxBody)
-
-	response := http.NewResponseController(w)
-	response.EnableFullDuplex() // respond first, and then read what is left of the body
-	s.mux.ServeHTTP(w, &clean)
-	if !drain(response, r) {
-		panic(http.ErrAbortHandler) // the rest of the body must not count as a request
+	if path.Clean(r.URL.Path) != r.URL.Path {
+		r = cleanPath(r)
 	}
+	if r.ContentLength == 0 {
+		s.mux.ServeHTTP(w, r)
+		return
+	}
+	response := http.NewResponseController(w)
+	response.EnableFullDuplex() // net/http would wait for the rest of the body first
+	s.mux.ServeHTTP(w, r)
+	if r.Header.Get("Expect") == "" { // or else net/http closes the connection
+		drain(response, r.Body)
+	}
+}
+
+// cleanPath makes //ideas and /ideas/ mean /ideas. The mux would redirect the first,
+// which browsers do not follow after a preflight, and would not match the second. The
+// path stays escaped: an escaped slash is data.
+func cleanPath(r *http.Request) *http.Request {
+	root := url.URL{Path: "/", RawQuery: r.URL.RawQuery}
+	clean := *r
+	clean.URL = root.JoinPath(r.URL.EscapedPath(), "")
+	return &clean
 }
 
 // drain sends the response and then reads what is left of the body, up to 1 MiB and
 // for at most a second. If a connection is closed before that, the kernel resets it,
-// and the client may never see the response (https://go.dev/issue/22209). It reports
-// whether nothing is left.
-func drain(response *http.ResponseController, r *http.Request) bool {
-	if r.Body == http.NoBody || r.Header.Get("Expect") != "" { // with Expect, net/http closes the connection
-		return true
-	}
+// and the client may never see the response (https://go.dev/issue/22209).
+func drain(response *http.ResponseController, body io.Reader) {
 	response.Flush()
 	response.SetReadDeadline(time.Now().Add(time.Second))
-	_, err := io.CopyN(io.Discard, r.Body, 1<<20)
-	return err == io.EOF
+	if _, err := io.CopyN(io.Discard, body, 1<<20); err != io.EOF {
+		panic(http.ErrAbortHandler) // or the rest would count as the next request
+	}
 }
 
 // respond runs a handler and logs a line. If the handler fails before it writes
@@ -316,6 +322,9 @@ func (s *server) logRequest(r *http.Request, w *recorder, err error, duration ti
 		level = slog.LevelError
 	case known == errWrongLogin, known.status == http.StatusTooManyRequests:
 		level = slog.LevelWarn
+	}
+	if !s.logger.Enabled(r.Context(), level) {
+		return
 	}
 	attrs := []slog.Attr{
 		slog.String("method", r.Method),
@@ -475,7 +484,7 @@ func parseBody(r *http.Request) (map[string]json.RawMessage, error) {
 	if r.ContentLength > maxBody {
 		return nil, errTooLarge // before the client sends it
 	}
-	body, err := io.ReadAll(r.Body)
+	body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, maxBody))
 	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
 	switch {
 	case tooLarge:

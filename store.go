@@ -332,13 +332,13 @@ func (s *store) write() {
 }
 
 // collect returns a batch of all changes that are waiting: one fsync is enough for
-// all of them.
+// all of them. Goroutines that are ready to run may be about to send one; Gosched lets
+// them run first. With one core they would not get to it, and creates would take three
+// times as long.
 func (s *store) collect(first pendingChange) []pendingChange {
 	batch := []pendingChange{first}
-	// Goroutines that are ready to run may be about to send changes. With one core,
-	// they would not get to it, and creates would take three times as long.
-	runtime.Gosched()
 	for {
+		runtime.Gosched()
 		select {
 		case p := <-s.queue:
 			batch = append(batch, p)
