@@ -81,32 +81,6 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	return err
 }
 
-// open reads the key and the data before it makes a key or changes the data.
-func open(o options, logger *slog.Logger) (*rsa.PrivateKey, *store, error) {
-	key, err := readKey(o.key)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, fmt.Errorf("-key %s: %w", o.key, err)
-	}
-	s, err := openStore(o.data, realDisk, logger)
-	if err != nil {
-		return nil, nil, fmt.Errorf("-data %s: %w", o.data, err)
-	}
-	if key == nil {
-		if key, err = makeKey(o.key); err != nil {
-			s.release()
-			return nil, nil, fmt.Errorf("-key %s: %w", o.key, err)
-		}
-	}
-	if err := s.start(); err != nil {
-		s.release()
-		return nil, nil, fmt.Errorf("-data %s: %w", o.data, err)
-	}
-	if s.file != nil && s.file.torn > 0 {
-		logger.Warn("dropped an incomplete last line (it was never acknowledged)", "file", o.data, "line", s.file.torn)
-	}
-	return key, s, nil
-}
-
 // A server is the whole API as one [http.Handler].
 type server struct {
 	options  options
@@ -262,11 +236,14 @@ func (s *server) respond(h handler) http.HandlerFunc {
 		start := time.Now()
 		rec := &recorder{ResponseWriter: w}
 		err := recoverPanic(h, rec, r)
-		abort := err != nil && (rec.status != 0 || err == errClientGone || err == http.ErrAbortHandler)
-		if err == errClientGone {
-			rec.status = errClientGone.status
-		}
-		if err != nil && !abort {
+		abort := false
+		switch {
+		case err == nil:
+		case err == errClientGone:
+			rec.status, abort = errClientGone.status, true
+		case err == http.ErrAbortHandler, rec.status != 0:
+			abort = true
+		default:
 			writeError(rec, err)
 		}
 		s.logRequest(r, rec, err, time.Since(start))
@@ -606,6 +583,32 @@ func (in *input) err() error {
 		return invalidFields(in.invalid)
 	}
 	return in.bodyErr
+}
+
+// open reads the key and the data before it makes a key or changes the data.
+func open(o options, logger *slog.Logger) (*rsa.PrivateKey, *store, error) {
+	key, err := readKey(o.key)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, fmt.Errorf("-key %s: %w", o.key, err)
+	}
+	s, err := openStore(o.data, realDisk, logger)
+	if err != nil {
+		return nil, nil, fmt.Errorf("-data %s: %w", o.data, err)
+	}
+	if key == nil {
+		if key, err = makeKey(o.key); err != nil {
+			s.release()
+			return nil, nil, fmt.Errorf("-key %s: %w", o.key, err)
+		}
+	}
+	if err := s.start(); err != nil {
+		s.release()
+		return nil, nil, fmt.Errorf("-data %s: %w", o.data, err)
+	}
+	if s.file != nil && s.file.torn > 0 {
+		logger.Warn("dropped an incomplete last line (it was never acknowledged)", "file", o.data, "line", s.file.torn)
+	}
+	return key, s, nil
 }
 
 // options are the command's flags.

@@ -80,7 +80,7 @@ type change struct {
 	Probe   string      `json:"probe,omitempty"` // nothing happened; see checkHealth
 }
 
-// validate checks what a change says, whether it comes from a handler or from FILE.
+// validate checks what a change says, from a handler or from FILE.
 func (c change) validate() error {
 	if c.User != nil {
 		return c.User.validate()
@@ -143,9 +143,8 @@ func (m *memory) size() int {
 	return len(m.accounts) + len(m.sessions) + len(m.ideas) + len(m.loggedOut)
 }
 
-// snapshot returns the shortest list of changes that makes this memory, always in
-// the same order, so that two files can be compared line by line. It leaves out
-// sessions and logouts that expired before a time.
+// snapshot returns the changes that make this memory, always in the same order. It
+// leaves out sessions and logouts that expired before a time.
 func (m *memory) snapshot(before int64) []change {
 	var changes []change
 	for _, id := range slices.Sorted(maps.Keys(m.accounts)) {
@@ -360,18 +359,12 @@ func (s *store) commitBatch(batch []pendingChange) {
 		}
 		p.result <- result
 	}
+	// Half of what FILE has by now, or more, was overtaken by later changes.
 	if s.file != nil && s.file.later-s.file.tried > 1000+s.size() {
-		s.compactInTime()
-	}
-}
-
-// compactInTime compacts FILE when changes that have been overtaken by others make
-// up half of it: so a compaction costs about as much as there were changes since the
-// last one.
-func (s *store) compactInTime() {
-	if err := s.compact(); err != nil {
-		s.file.tried = s.file.later // and after as many changes, try again
-		go s.logger.Error("cannot compact the data file; will try again later", "error", err)
+		if err := s.compact(); err != nil {
+			s.file.tried = s.file.later // and after as many changes, try again
+			go s.logger.Error("cannot compact the data file; will try again later", "error", err)
+		}
 	}
 }
 
@@ -440,7 +433,7 @@ type dataFile struct {
 	file *os.File    // nil if there is no FILE yet
 	info os.FileInfo // of file, or nil if nobody knows what file holds
 	size int64       // of what is acknowledged, in bytes
-	sum  uint32      // the checksum of that
+	sum  uint32      // its checksum
 
 	later int // changes after the snapshot
 	tried int // so many of them when a compaction last failed
@@ -650,9 +643,9 @@ var errChecksum = errors.New("damaged, or edited without removing crc32c: the ch
 
 // readLines applies the lines that follow the snapshot. It drops a last line that
 // was not written as a whole, and so was never acknowledged: it has no line end, or
-// zeros in place of a block that was lost. (A single zero may be a flipped bit.) A
-// whole line without its end counts, and blank space at the end is harmless: the
-// size of FILE is then not that of its lines, so FILE is not intact.
+// zeros in place of a block that was lost. (One zero alone may be a flipped bit.) A
+// whole line without its end counts, and blank space at the end is harmless: FILE
+// then has another size than its lines, so it is not intact.
 func (f *dataFile) readLines(data []byte, end int, m *memory) error {
 	text := bytes.TrimRight(data, " \t\r\n")
 	hasEnd := bytes.Contains(data[len(text):], []byte("\n"))
@@ -730,21 +723,18 @@ func realPath(name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	directory, err := filepath.EvalSymlinks(filepath.Dir(name))
-	if err != nil {
-		return "", err
-	}
 	if _, err := os.Lstat(name); errors.Is(err, fs.ErrNotExist) {
-		return filepath.Join(directory, filepath.Base(name)), nil
+		directory, err := filepath.EvalSymlinks(filepath.Dir(name))
+		return filepath.Join(directory, filepath.Base(name)), err
+	}
+	if name, err = filepath.EvalSymlinks(name); err != nil {
+		return "", err
 	}
 	info, err := os.Stat(name)
-	if err != nil {
-		return "", err
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("not a regular file (its mode is %s); choose another one", info.Mode())
 	}
-	if !info.Mode().IsRegular() {
-		return "", fmt.Errorf("not a regular file (its mode is %s); choose another one", info.Mode())
-	}
-	return filepath.EvalSymlinks(name)
+	return name, err
 }
 
 // A disk runs each file operation that durability depends on. It is realDisk except
