@@ -52,20 +52,17 @@ type store struct {
 	running  sync.WaitGroup // the writer
 	failing  atomic.Bool    // the last change could not be saved
 	failedAt time.Time      // when the writer last failed to write FILE anew
-
-	lock   *os.File
-	logger *slog.Logger
+	lock     *os.File
+	logger   *slog.Logger
 }
 
-// A record is one JSON value of FILE: the snapshot, or a commit.
+// A record is one JSON value of FILE: the snapshot, or a commit. The checksums reveal
+// lines that were damaged, removed or moved, except at the end.
 type record struct {
 	Format  int      `json:"format,omitempty"`  // of the snapshot
 	LastID  string   `json:"last_id,omitempty"` // in the snapshot; see idSource
 	Changes []change `json:"changes"`
-
-	// CRC32C is the checksum of all text before it in FILE, except other checksums.
-	// So it reveals lines that were damaged, removed or moved, except at the end.
-	CRC32C string `json:"crc32c,omitempty"`
+	CRC32C  string   `json:"crc32c,omitempty"` // of all text before it, except other checksums
 }
 
 // A change is one thing that happened, stored with its results, such as ids,
@@ -109,10 +106,7 @@ type account struct {
 }
 
 var (
-	errNotSaved = &apiError{
-		status: http.StatusServiceUnavailable, retryAfter: 1,
-		Reason: "cannot save changes right now; please try again",
-	}
+	errNotSaved     = &apiError{status: http.StatusServiceUnavailable, retryAfter: 1, Reason: "cannot save changes right now; please try again"}
 	errInconsistent = errors.New("it is invalid, or contradicts earlier changes")
 )
 
@@ -288,10 +282,10 @@ func (s *store) release() {
 // checkHealth returns errNotSaved if changes cannot be saved. After a failure it
 // tries again, with a change that has no effect.
 func (s *store) checkHealth() error {
-	if s.failing.Load() {
-		return s.commit(change{Probe: "-"})
+	if !s.failing.Load() {
+		return nil
 	}
-	return nil
+	return s.commit(change{Probe: "-"})
 }
 
 // A pendingChange waits for the writer.
@@ -300,10 +294,9 @@ type pendingChange struct {
 	result chan error
 }
 
-// commit saves a change, applies it, and returns the result: errNotSaved if it
-// cannot be saved, errEmailTaken for all but one of the concurrent sign-ups with
-// the same e-mail, errNoIdea if the idea is gone by now. A change that apply would
-// reject for another reason must not reach FILE: the next start would fail.
+// commit saves a change, applies it, and returns the result: errNotSaved if it cannot
+// be saved, errEmailTaken or errNoIdea if another change came first. A change that
+// apply would reject for another reason must not reach FILE: the next start would fail.
 func (s *store) commit(c change) error {
 	if err := c.validate(); err != nil {
 		return err
@@ -331,9 +324,8 @@ func (s *store) write() {
 }
 
 // collect returns a batch of all changes that are waiting: one fsync is enough for
-// all of them. Goroutines that are ready to run may be about to send one; Gosched lets
-// them run first. With one core they would not get to it, and creates would take three
-// times as long.
+// them. Gosched lets goroutines run that may be about to send one. With one core, they
+// would not get to it, and creates would take three times as long.
 func (s *store) collect(first pendingChange) []pendingChange {
 	batch := []pendingChange{first}
 	for {
@@ -400,8 +392,8 @@ func (s *store) rewriteFile() error {
 	return err
 }
 
-// reportHealth logs the first failure, and the recovery. It does not wait for the
-// log, which may be a full pipe.
+// reportHealth logs the first failure, and the recovery. The log may be a full pipe,
+// so the writer does not wait for it.
 func (s *store) reportHealth(err error) {
 	failedBefore := s.failing.Swap(err != nil)
 	switch {
@@ -428,16 +420,15 @@ func (s *store) compact() error {
 
 // A dataFile is FILE.
 type dataFile struct {
-	path string
-	disk disk
-	file *os.File    // nil if there is no FILE yet
-	info os.FileInfo // of file, or nil if nobody knows what file holds
-	size int64       // of what is acknowledged, in bytes
-	sum  uint32      // its checksum
-
-	later int // changes after the snapshot
-	tried int // so many of them when a compaction last failed
-	torn  int // the number of an incomplete last line that load dropped
+	path  string
+	disk  disk
+	file  *os.File    // nil if there is no FILE yet
+	info  os.FileInfo // of file, or nil if nobody knows what file holds
+	size  int64       // of what is acknowledged, in bytes
+	sum   uint32      // its checksum
+	later int         // changes after the snapshot
+	tried int         // so many of them when a compaction last failed
+	torn  int         // the number of an incomplete last line that load dropped
 }
 
 const (
@@ -535,35 +526,33 @@ func (f *dataFile) create(lastID string, changes []change) error {
 	return f.fsync()
 }
 
-func (f *dataFile) writeSnapshot(lastID string, changes []change) error {
+func (f *dataFile) writeSnapshot(lastID string, changes []change) (err error) {
 	hash := crc32.New(castagnoli)
 	w := bufio.NewWriterSize(io.MultiWriter(f.file, hash), 1<<16)
 	fmt.Fprintf(w, `{"format":2,"last_id":%q,"changes":[`, lastID)
-	separator := "\n"
-	for _, c := range changes {
+	for n, c := range changes {
 		text, err := json.Marshal(c)
 		if err != nil {
 			return err
 		}
-		w.WriteString(separator)
-		w.Write(text)
-		separator = ",\n"
+		if n > 0 {
+			w.WriteString(",")
+		}
+		fmt.Fprintf(w, "\n%s", text)
 	}
 	w.WriteString("\n]")
 	if err := w.Flush(); err != nil { // Flush also returns the errors of earlier writes
 		return err
 	}
 	f.sum = hash.Sum32()
-	if _, err := fmt.Fprintf(f.file, checksumFormat+"\n", f.sum); err != nil {
+	if _, err = fmt.Fprintf(f.file, checksumFormat+"\n", f.sum); err != nil {
 		return err
 	}
-	size, err := f.file.Seek(0, io.SeekCurrent)
-	f.size = size
+	f.size, err = f.file.Seek(0, io.SeekCurrent)
 	return err
 }
 
-// move renames a new file to FILE. FILE is not intact until all of this has
-// succeeded.
+// move renames a new file to FILE, which is not intact until all of this is done.
 func (f *dataFile) move(temporary string) error {
 	f.info = nil
 	f.file.Close() // Windows does not replace an open file
@@ -600,10 +589,10 @@ func (f *dataFile) load(m *memory) error {
 	if err == nil {
 		err = f.readLines(data, end, m)
 	}
-	if err != nil {
-		err = fmt.Errorf(`%w; restore a backup, or see "A data file that cannot be read" in README.md`, err)
+	if err == nil {
+		return nil
 	}
-	return err
+	return fmt.Errorf(`%w; restore a backup, or see "A data file that cannot be read" in README.md`, err)
 }
 
 // readSnapshot applies the first record of FILE and returns where it ends. A record
