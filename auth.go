@@ -262,11 +262,11 @@ func (t *loginThrottle) note(a attempt, success bool) {
 }
 
 // waitAfter is 30 seconds after ten failures, and doubles up to 15 minutes.
-func waitAfter(failures int) time.Duration {
-	if failures < 10 {
+func waitAfter(count int) time.Duration {
+	if count < 10 {
 		return 0
 	}
-	return min(30*time.Second<<min(failures-10, 5), 15*time.Minute)
+	return min(30*time.Second<<min(count-10, 5), 15*time.Minute)
 }
 
 // activeUser returns the user of an access token that was not logged out.

@@ -204,7 +204,7 @@ func (s *idSource) String() string {
 }
 
 // openStore locks FILE and reads it. With no path or no FILE, the store is empty.
-func openStore(path string, disk disk, logger *slog.Logger) (*store, error) {
+func openStore(path string, d disk, logger *slog.Logger) (*store, error) {
 	s := &store{
 		memory: memory{
 			accounts:  make(map[string]*account),
@@ -227,7 +227,7 @@ func openStore(path string, disk disk, logger *slog.Logger) (*store, error) {
 	if s.lock, err = lock(path + ".lock"); err != nil {
 		return nil, err
 	}
-	s.file = &dataFile{path: path, disk: disk}
+	s.file = &dataFile{path: path, disk: d}
 	if err := s.file.load(&s.memory); err != nil {
 		s.release()
 		return nil, err
