@@ -65,17 +65,17 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	defer listener.Close()
 	logger := newLogger(stderr, o.quiet)
-	key, kept, err := open(o, logger)
+	key, s, err := open(o, logger)
 	if err != nil {
 		return err
 	}
-	defer kept.release()
+	defer s.release()
 
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	printWelcome(stderr, listener.Addr(), o)
-	err = newServer(o, key, kept, logger).serve(ctx, listener)
-	if closeErr := kept.close(); closeErr != nil {
+	err = newServer(o, key, s, logger).serve(ctx, listener)
+	if closeErr := s.close(); closeErr != nil {
 		return fmt.Errorf("-data %s: %w; nothing is lost, the next start tries again", o.data, closeErr)
 	}
 	return err
@@ -99,10 +99,10 @@ type server struct {
 	requests atomic.Uint64
 }
 
-func newServer(o options, key *rsa.PrivateKey, kept *store, logger *slog.Logger) *server {
+func newServer(o options, key *rsa.PrivateKey, st *store, logger *slog.Logger) *server {
 	s := &server{
 		options:  o,
-		store:    kept,
+		store:    st,
 		tokens:   newTokens(key),
 		hashCost: defaultCost(),
 		hashing:  make(semaphore, max(1, min(3, runtime.GOMAXPROCS(0)-1))), // one core is for everything else
