@@ -22,15 +22,15 @@ const maxSessions = 100
 type session struct {
 	Key     string `json:"key"` // SHA-256 of the refresh token, in hex
 	UserID  string `json:"user"`
-	Start   int64  `json:"start"`   // seconds since 1970
-	Expires int64  `json:"expires"` // seconds since 1970
+	Start   int64  `json:"start"`   // Unix time
+	Expires int64  `json:"expires"` // Unix time
 }
 
 // A tokenID identifies an access token. Tokens of a user that expire in the same
 // second count as one.
 type tokenID struct {
 	UserID  string `json:"user"`
-	Expires int64  `json:"exp"` // seconds since 1970
+	Expires int64  `json:"exp"` // Unix time
 }
 
 func compareTokens(a, b tokenID) int {
@@ -49,10 +49,7 @@ type logout struct {
 var (
 	errWrongLogin   = &apiError{status: http.StatusBadRequest, Reason: "wrong e-mail or password"}
 	errRefreshToken = &apiError{status: http.StatusBadRequest, Reason: "the refresh token is unknown, expired or logged out"}
-	errNoExpiry     = &apiError{
-		status: http.StatusServiceUnavailable, retryAfter: 1,
-		Reason: "too many logouts in a short time; please try again",
-	}
+	errNoExpiry     = &apiError{status: http.StatusServiceUnavailable, retryAfter: 1, Reason: "too many logouts in a short time; please try again"}
 )
 
 // A tokenResponse has a client's tokens.
@@ -64,7 +61,7 @@ type tokenResponse struct {
 // refresh responds to POST /access-tokens/refresh.
 func (s *server) refresh(w http.ResponseWriter, r *http.Request) error {
 	in := readBody(r)
-	token := in.secret("refresh_token", maxBody)
+	token := in.secret("refresh_token", maxBody) // that is, of any length
 	if err := in.err(); err != nil {
 		return err
 	}
@@ -152,8 +149,8 @@ func hashToken(token string) string {
 
 // checkPassword returns the user who has this e-mail and password. An unknown
 // e-mail costs one hash, as a wrong password does, so that the time does not tell
-// them apart. The throttle is asked and told while a hash may be computed: so no more
-// attempts than hashes can overtake it.
+// them apart. Each attempt holds a slot from its look at the throttle until it is
+// noted there, so a burst gets at most as many attempts more as there are slots.
 func (s *server) checkPassword(r *http.Request, email, password string) (user, error) {
 	u, known := s.store.userByEmail(email)
 	if !known {
@@ -239,8 +236,7 @@ func (t *loginThrottle) wait(a attempt) time.Duration {
 	return time.Until(t.failures[a].until)
 }
 
-// note counts a failure, and forgets all after a success, or an hour after the last
-// wait.
+// note counts a failure. A success, or an hour after the last wait, resets the count.
 func (t *loginThrottle) note(a attempt, success bool) {
 	const limit = 50_000 // attempts, some 20 MB; then all are forgotten
 	t.mu.Lock()
@@ -266,7 +262,7 @@ func waitAfter(count int) time.Duration {
 	if count < 10 {
 		return 0
 	}
-	return min(30*time.Second<<min(count-10, 5), 15*time.Minute)
+	return min(30*time.Second*(1<<min(count-10, 5)), 15*time.Minute)
 }
 
 // activeUser returns the user of an access token that was not logged out.
@@ -304,7 +300,7 @@ func (s *store) freeExpiry(userID string, now, latest int64) (expires int64, ok 
 }
 
 // addSession applies a login. Which sessions have expired depends on the times in
-// the changes alone, so that a start has the same result.
+// the changes alone, so that a start, which applies them again, has the same result.
 func (m *memory) addSession(s *session) error {
 	a := m.accounts[s.UserID]
 	if m.sessions[s.Key] != nil || a == nil {

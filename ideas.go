@@ -18,7 +18,7 @@ const (
 	pageSize   = 10 // ideas
 )
 
-// An idea as clients see it.
+// An idea is what clients see.
 type idea struct {
 	ID         string      `json:"id"`
 	Content    string      `json:"content"`
@@ -26,18 +26,18 @@ type idea struct {
 	Ease       int         `json:"ease"`
 	Confidence int         `json:"confidence"`
 	Average    json.Number `json:"average_score"`
-	Created    int64       `json:"created_at"` // seconds since 1970
+	Created    int64       `json:"created_at"` // Unix time
 }
 
-// A storedIdea is an idea and its owner. It is never changed, only replaced, so it
-// can be read without a lock.
+// A storedIdea is an idea and its owner. Once it is committed, it is never changed,
+// only replaced, so it can be read without a lock.
 type storedIdea struct {
 	Owner string `json:"owner"` // a user id
 	Idea  idea   `json:"idea"`
-	json  []byte // of Idea, made once
+	json  []byte // of Idea; encode makes it, once
 }
 
-// An ideaKey finds an idea for its owner, and for nobody else.
+// An ideaKey identifies an idea of its owner.
 type ideaKey struct {
 	Owner string `json:"owner"`
 	ID    string `json:"id"`
@@ -123,7 +123,7 @@ func (i *idea) sum() (sum int) {
 	return sum
 }
 
-// average is the shortest form of the double, and always has a decimal point: 8.0,
+// average returns the shortest form of the float64, always with a decimal point: 8.0,
 // 6.333333333333333.
 func (i *idea) average() json.Number {
 	average := float64(i.sum()) / float64(len(i.scores()))
@@ -199,15 +199,17 @@ func (s *store) pageOfIdeas(owner string, number int) (page []byte, total int) {
 		return []byte("[]"), len(ideas)
 	}
 	from := (number - 1) * pageSize
-	page = make([]byte, 0, pageSize*200) // most pages fit
-	for _, i := range ideas[from:min(from+pageSize, len(ideas))] {
-		page = append(append(page, ','), i.json...)
+	page = append(make([]byte, 0, pageSize*200), '[') // most pages fit
+	for n, i := range ideas[from:min(from+pageSize, len(ideas))] {
+		if n > 0 {
+			page = append(page, ',')
+		}
+		page = append(page, i.json...)
 	}
-	page[0] = '['
 	return append(page, ']'), len(ideas)
 }
 
-// findIdea does not reveal that an idea is somebody else's.
+// findIdea returns errNoIdea also for an idea of somebody else.
 func (m *memory) findIdea(key ideaKey) (*storedIdea, error) {
 	if i := m.ideas[key.ID]; i != nil && i.Owner == key.Owner {
 		return i, nil

@@ -42,7 +42,7 @@ type tokens struct {
 
 // claims are what a token says, in the order of the API document.
 type claims struct {
-	Expires int64  `json:"exp"` // seconds since 1970
+	Expires int64  `json:"exp"` // Unix time
 	UserID  string `json:"id"`
 	Email   string `json:"email"`
 	Name    string `json:"name"`
@@ -50,8 +50,8 @@ type claims struct {
 
 func (c claims) id() tokenID { return tokenID{UserID: c.UserID, Expires: c.Expires} }
 
-// errToken has the original API's words, which clients compare. They refresh the
-// token then. The token may be missing, invalid, expired or logged out.
+// errToken is for a token that is missing, invalid, expired or logged out. Clients
+// compare these words, which are the original API's, and then refresh the token.
 var errToken = &apiError{status: http.StatusUnauthorized, Reason: "you can not pass!"}
 
 func newTokens(key *rsa.PrivateKey) *tokens {

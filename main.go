@@ -8,6 +8,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -32,7 +33,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 	"unicode"
@@ -94,9 +94,6 @@ type server struct {
 	mux      http.ServeMux
 	patterns []string    // of the API's routes
 	headers  http.Header // of every response
-
-	idPrefix string // a request id is the prefix and a count
-	requests atomic.Uint64
 }
 
 func newServer(o options, key *rsa.PrivateKey, st *store, logger *slog.Logger) *server {
@@ -105,7 +102,7 @@ func newServer(o options, key *rsa.PrivateKey, st *store, logger *slog.Logger) *
 		store:    st,
 		tokens:   newTokens(key),
 		hashCost: defaultCost(),
-		hashing:  make(semaphore, max(1, min(3, runtime.GOMAXPROCS(0)-1))), // one core is for everything else
+		hashing:  make(semaphore, max(1, min(3, runtime.GOMAXPROCS(0)-1))), // each takes 19 MiB and a core
 		throttle: loginThrottle{failures: make(map[attempt]failures)},
 		logger:   logger,
 		headers: http.Header{
@@ -113,7 +110,6 @@ func newServer(o options, key *rsa.PrivateKey, st *store, logger *slog.Logger) *
 			"X-Frame-Options":        {"SAMEORIGIN"},
 			"Cache-Control":          {"no-store"}, // nearly everything is private
 		},
-		idPrefix: rand.Text()[:8] + "-",
 	}
 	if o.corsOrigin != "none" {
 		s.headers.Set("Access-Control-Allow-Origin", o.corsOrigin)
@@ -142,10 +138,10 @@ func (s *server) routes() {
 	s.handle("GET /.well-known/jwks.json", s.jwks)
 	s.handle("GET /healthz", s.healthz)
 
-	s.mux.Handle("GET /{$}", s.respond(s.index))
-	s.mux.Handle("/", s.respond(s.noRoute)) // whatever matches no other route
+	s.mux.Handle("GET /{$}", s.wrap(s.index))
+	s.mux.Handle("/", s.wrap(s.noRoute)) // whatever matches no other route
 	if s.options.corsOrigin != "none" {
-		s.mux.Handle("OPTIONS /", s.respond(s.preflight))
+		s.mux.Handle("OPTIONS /", s.wrap(s.preflight))
 	}
 }
 
@@ -155,7 +151,7 @@ type handler func(w http.ResponseWriter, r *http.Request) error
 // handle registers a route of the API.
 func (s *server) handle(pattern string, h handler) {
 	s.patterns = append(s.patterns, pattern)
-	s.mux.Handle(pattern, s.respond(h))
+	s.mux.Handle(pattern, s.wrap(h))
 }
 
 // serve responds to requests from listener until ctx is done, and then lets running
@@ -166,7 +162,7 @@ func (s *server) serve(ctx context.Context, listener net.Listener) error {
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      30 * time.Second,
-		IdleTimeout:       3 * time.Minute, // proxies reuse a connection for up to two
+		IdleTimeout:       3 * time.Minute, // Caddy reuses a connection for up to two
 		MaxHeaderBytes:    12 << 10,        // net/http adds 4 KiB of its own: 16 in all
 		ErrorLog:          slog.NewLogLogger(s.logger.Handler(), slog.LevelWarn),
 	}
@@ -188,10 +184,11 @@ func (s *server) serve(ctx context.Context, listener net.Listener) error {
 
 const maxBody = 64 << 10 // bytes
 
-// ServeHTTP sets the common headers and finds the handler of a request.
+// ServeHTTP sets the common headers, cleans the path, lets the mux find the handler,
+// and reads what is left of the body.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	maps.Copy(w.Header(), s.headers)
-	w.Header().Set("X-Request-Id", s.idPrefix+strconv.FormatUint(s.requests.Add(1), 10))
+	w.Header().Set("X-Request-Id", rand.Text())
 	if path.Clean(r.URL.Path) != r.URL.Path {
 		r = cleanPath(r)
 	}
@@ -200,16 +197,17 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	response := http.NewResponseController(w)
-	response.EnableFullDuplex() // net/http would wait for the rest of the body first
+	response.EnableFullDuplex() // or net/http would read the body before it sends the response
 	s.mux.ServeHTTP(w, r)
-	if r.Header.Get("Expect") == "" { // or else net/http closes the connection
+	if r.Header.Get("Expect") == "" { // with it, net/http closes the connection
 		drain(response, r.Body)
 	}
 }
 
 // cleanPath makes //ideas and /ideas/ mean /ideas. The mux would redirect the first,
 // which browsers do not follow after a preflight, and would not match the second. The
-// path stays escaped: an escaped slash is data.
+// path stays escaped: an escaped slash is data. (The root is there for requests without
+// a path, and the empty element removes a slash at the end.)
 func cleanPath(r *http.Request) *http.Request {
 	root := url.URL{Path: "/", RawQuery: r.URL.RawQuery}
 	clean := *r
@@ -228,10 +226,10 @@ func drain(response *http.ResponseController, body io.Reader) {
 	}
 }
 
-// respond runs a handler and logs a line. If the handler fails before it writes
-// anything, respond writes the error. If it fails later, respond aborts the
-// connection: the client must not take a part of a response for the whole.
-func (s *server) respond(h handler) http.HandlerFunc {
+// wrap returns a handler for the mux. It runs h and logs a line. If h fails before it
+// writes anything, it writes the error. If h fails later, it aborts the connection: the
+// client must not take a part of a response for the whole.
+func (s *server) wrap(h handler) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
 		rec := &recorder{ResponseWriter: w}
@@ -239,7 +237,7 @@ func (s *server) respond(h handler) http.HandlerFunc {
 		abort := false
 		switch {
 		case err == nil:
-		case err == errClientGone:
+		case errors.Is(err, errClientGone):
 			rec.status, abort = errClientGone.status, true
 		case err == http.ErrAbortHandler, rec.status != 0:
 			abort = true
@@ -455,29 +453,37 @@ func readBody(r *http.Request) *input { return newInput(parseBody(r)) }
 
 // parseBody reads a JSON object or a form. A DELETE may have no body.
 func parseBody(r *http.Request) (map[string]json.RawMessage, error) {
-	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
-	mediaType = strings.ToLower(strings.TrimSpace(mediaType))
-	isForm := mediaType == "application/x-www-form-urlencoded"
 	if r.ContentLength > maxBody {
 		return nil, errTooLarge // before the client sends it
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, maxBody))
-	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
-	switch {
-	case tooLarge:
-		return nil, errTooLarge
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return nil, errLateBody
-	case err != nil:
-		return nil, errBody // it did not arrive as a whole
-	case len(body) == 0 && r.Method == http.MethodDelete:
+	if err != nil {
+		return nil, bodyError(err)
+	}
+	if len(body) == 0 && r.Method == http.MethodDelete {
 		return nil, nil
-	case !isForm && mediaType != "application/json" && mediaType != "":
-		return nil, errMediaType
-	case isForm && !strings.HasPrefix(strings.TrimLeft(string(body), " \t\r\n"), "{"): // as curl -d '{…}' sends it
+	}
+	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+	switch strings.ToLower(strings.TrimSpace(mediaType)) {
+	case "", "application/json":
+		return parseObject(body)
+	case "application/x-www-form-urlencoded":
+		if bytes.HasPrefix(bytes.TrimLeft(body, " \t\r\n"), []byte("{")) { // as curl -d '{…}' sends it
+			return parseObject(body)
+		}
 		return parseForm(string(body))
 	}
-	return parseObject(body)
+	return nil, errMediaType
+}
+
+func bodyError(err error) error {
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return errTooLarge
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return errLateBody
+	}
+	return errBody // it did not arrive as a whole
 }
 
 // parseObject reads one JSON object. (json.Unmarshal alone would accept null, and

@@ -27,7 +27,7 @@ import (
 
 // A store keeps everything in memory, where requests read it, and in one file,
 // FILE. FILE begins with a snapshot of memory, one change per line, and goes on
-// with one line for each commit:
+// with one line for each batch of changes that came later:
 //
 //	{"format":2,"last_id":"6d3r16h4n","changes":[
 //	{"user":{…}},
@@ -41,9 +41,10 @@ import (
 // order, and so ends with the same memory.
 //
 // One goroutine, the writer, does all of this. It alone writes FILE, and it alone
-// changes memory, for which it locks mu. So it reads memory without the lock.
+// changes memory (except ids), for which it locks mu. So it reads memory without the
+// lock. Before it starts, and after it has ended, start and close take its place.
 type store struct {
-	mu sync.RWMutex // methods of store lock it, methods of memory do not
+	mu sync.RWMutex // held by handlers to read memory, and by the writer to change it
 	memory
 
 	file     *dataFile // nil if everything is kept in memory only
@@ -56,7 +57,7 @@ type store struct {
 	logger   *slog.Logger
 }
 
-// A record is one JSON value of FILE: the snapshot, or a commit. The checksums reveal
+// A record is one JSON value of FILE: the snapshot, or a batch. The checksums reveal
 // lines that were damaged, removed or moved, except at the end.
 type record struct {
 	Format  int      `json:"format,omitempty"`  // of the snapshot
@@ -172,7 +173,7 @@ func (m *memory) forget(before int64) {
 }
 
 // An idSource makes ids that rise with time and never repeat: units of 100 µs since
-// 1970, in base 36. They have nine characters from 1978 to 2291.
+// 1970, in base 36. Until 2282 they have the shape of idShape.
 type idSource struct {
 	mu   sync.Mutex
 	last uint64
@@ -351,10 +352,10 @@ func (s *store) commitBatch(batch []pendingChange) {
 		}
 		p.result <- result
 	}
-	// Half of what FILE has by now, or more, was overtaken by later changes.
+	// A compaction costs about as much as it writes changes, so one comes after as many.
 	if s.file != nil && s.file.later-s.file.tried > 1000+s.size() {
 		if err := s.compact(); err != nil {
-			s.file.tried = s.file.later // and after as many changes, try again
+			s.file.tried = s.file.later // try again after as many changes
 			go s.logger.Error("cannot compact the data file; will try again later", "error", err)
 		}
 	}
@@ -418,16 +419,16 @@ func (s *store) compact() error {
 	return nil
 }
 
-// A dataFile is FILE.
+// A dataFile is FILE, or FILE.tmp while that is written.
 type dataFile struct {
 	path  string
 	disk  disk
 	file  *os.File    // nil if there is no FILE yet
-	info  os.FileInfo // of file, or nil if nobody knows what file holds
+	info  os.FileInfo // of file; nil means that FILE must be written anew
 	size  int64       // of what is acknowledged, in bytes
 	sum   uint32      // its checksum
 	later int         // changes after the snapshot
-	tried int         // so many of them when a compaction last failed
+	tried int         // how many there were when a compaction failed
 	torn  int         // the number of an incomplete last line that load dropped
 }
 

@@ -121,10 +121,7 @@ func (in *input) newPassword(name string) string {
 // at once would take more than 1 GB of memory, and slow down everybody else.
 type semaphore chan struct{}
 
-var errBusy = &apiError{
-	status: http.StatusServiceUnavailable, retryAfter: 1,
-	Reason: "too many people are logging in or signing up right now; please try again",
-}
+var errBusy = &apiError{status: http.StatusServiceUnavailable, retryAfter: 1, Reason: "too many people are logging in or signing up right now; please try again"}
 
 // acquire waits for a slot, for up to 5 seconds, or until the client has gone.
 func (s semaphore) acquire(ctx context.Context) error {
@@ -213,14 +210,14 @@ func (u *user) validate() error {
 	return nil
 }
 
-// addUser applies a sign-up. In a snapshot, the sessions of a user are separate
-// changes.
+// addUser applies a sign-up and its login, which is nil in a snapshot: there, sessions
+// are changes of their own.
 func (m *memory) addUser(u user, first *session) error {
 	email := strings.ToLower(u.Email)
 	if m.emails[email] != nil {
 		return errEmailTaken
 	}
-	if m.accounts[u.ID] != nil {
+	if m.accounts[u.ID] != nil || first != nil && (first.UserID != u.ID || m.sessions[first.Key] != nil) {
 		return errInconsistent
 	}
 	a := &account{user: u}
