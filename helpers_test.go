@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"crypto/rsa"
@@ -68,11 +69,7 @@ func newTestServer(t testing.TB, flags ...string) *server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	key, err := readKey(o.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := newServer(o, key, startStore(t, o.data, realDisk), quiet)
+	s := newServer(o, testKey(t, o.key), startStore(t, o.data, realDisk), quiet)
 	s.hashCost = argonCost{memory: 64, passes: 1, threads: 1}
 	return s
 }
@@ -137,12 +134,6 @@ func newClient(t testing.TB, h http.Handler) *client {
 	return &client{t: t, url: "http://test", transport: transport, origin: "*", names: make(map[string]string)}
 }
 
-// A testResponse is a response whose body has been read.
-type testResponse struct {
-	*http.Response
-	body, reason string
-}
-
 // signUp signs up Jack, and keeps his tokens as $jwt and $refresh.
 func (c *client) signUp() {
 	c.t.Helper()
@@ -157,8 +148,7 @@ func (c *client) signUp() {
 // in any goroutine.
 func (c *client) expect(request, body, want string, headers ...string) {
 	c.t.Helper()
-	resp := c.send(request, body, headers...)
-	if got := strings.TrimSpace(fmt.Sprint(resp.StatusCode, " ", resp.reason)); got != want {
+	if got := c.send(request, body, headers...).summary(); got != want {
 		c.t.Errorf("%s %q\n%.100s\n got %s\nwant %s", request, headers, body, got, want)
 	}
 }
@@ -178,30 +168,50 @@ func (c *client) send(request, body string, headers ...string) testResponse {
 // try is send for those who look at the error themselves.
 func (c *client) try(request, body string, headers ...string) (testResponse, error) {
 	failed := testResponse{Response: new(http.Response)}
-	text, err := c.expand(append([]string{request, body}, headers...)...)
+	method, target, _ := strings.Cut(c.expand(request), " ")
+	r, err := http.NewRequest(method, c.url+target, strings.NewReader(c.expand(body)))
 	if err != nil {
 		return failed, err
 	}
-	method, target, _ := strings.Cut(text[0], " ")
-	r, err := http.NewRequest(method, c.url+target, strings.NewReader(text[1]))
-	if err != nil {
-		return failed, err
-	}
-	if body != "" {
-		r.Header.Set("Content-Type", "application/json")
-	}
-	for _, header := range text[2:] {
-		name, value, _ := strings.Cut(header, ":")
-		if name == "Content-Type" {
-			r.Header.Del(name)
-		}
+	for _, header := range headers {
+		name, value, _ := strings.Cut(c.expand(header), ":")
 		r.Header.Add(name, strings.TrimSpace(value))
+	}
+	if body != "" && r.Header["Content-Type"] == nil {
+		r.Header.Set("Content-Type", "application/json")
 	}
 	resp, err := c.transport.RoundTrip(r)
 	if err != nil {
 		return failed, err
 	}
 	return readResponse(resp, method, c.origin)
+}
+
+var usedName = regexp.MustCompile(`\$\w+(:=)?`)
+
+// expand replaces names by their values, except where they are set.
+func (c *client) expand(text string) string {
+	return usedName.ReplaceAllStringFunc(text, func(name string) string {
+		value, known := c.names[name[1:]]
+		if strings.HasSuffix(name, ":=") {
+			return name
+		}
+		if !known {
+			c.t.Errorf("%s has no value; an earlier response must set it, by %s:=", name, name)
+		}
+		return value
+	})
+}
+
+// A testResponse is a response whose body has been read.
+type testResponse struct {
+	*http.Response
+	body, reason string
+}
+
+// summary is the status and the reason, if there is one.
+func (r testResponse) summary() string {
+	return strings.TrimSpace(fmt.Sprint(r.StatusCode, " ", r.reason))
 }
 
 // readResponse reads a response, and checks what is true of every response.
@@ -211,41 +221,37 @@ func readResponse(resp *http.Response, method, origin string) (testResponse, err
 	read := testResponse{resp, string(body), member(string(body), "reason")}
 	for rule, holds := range rules(read, method, origin) {
 		if !holds {
-			broken := fmt.Errorf("a rule for every response is broken: %s\n%s %v\n%s", rule, resp.Status, resp.Header, body)
-			err = errors.Join(err, broken)
+			err = errors.Join(err, fmt.Errorf("this is not true of the response: %s\n%v\n%s", rule, resp, body))
 		}
 	}
 	return read, err
 }
 
-// rules says for each rule whether it holds.
+// rules says for each rule for every response whether it holds.
 func rules(resp testResponse, method, origin string) map[string]bool {
 	has := func(name, value string) bool { return resp.Header.Get(name) == value }
 	status, body := resp.StatusCode, resp.body
+	const contentType = "application/json; charset=utf-8"
 	var problem struct{ Fields map[string]string }
 	json.Unmarshal([]byte(body), &problem)
-	otherIDs := regexp.MustCompile(`"id":"[0-9a-z]{9}"`).ReplaceAllString(body, "")
-	refreshToken := member(body, "refresh_token")
 	return map[string]bool{
-		"X-Content-Type-Options is nosniff":               has("X-Content-Type-Options", "nosniff"),
-		"X-Frame-Options is SAMEORIGIN":                   has("X-Frame-Options", "SAMEORIGIN"),
-		"Cache-Control is no-store":                       has("Cache-Control", "no-store"),
-		"there is an X-Request-Id":                        !has("X-Request-Id", ""),
-		"Access-Control-Allow-Origin is " + origin:        has("Access-Control-Allow-Origin", origin),
-		"a 204 has neither a body nor a Content-Type":     status != 204 || body == "" && has("Content-Type", ""),
-		"others have JSON":                                status == 204 || has("Content-Type", "application/json; charset=utf-8"),
-		"nothing comes in chunks":                         len(resp.TransferEncoding) == 0,
-		"an error has a reason":                           status < 400 || resp.reason != "" || method == "HEAD" && body == "",
-		"only an error has a reason":                      status >= 400 || resp.reason == "",
-		"no body has a numeric status":                    !regexp.MustCompile(`"status":\s*[-\d]`).MatchString(body),
-		"the reason of a 422 names the fields":            status != 422 || resp.reason == invalidFields(problem.Fields).Reason,
-		"only a 422 has fields":                           status == 422 || problem.Fields == nil,
-		"a 401, and nothing else, has WWW-Authenticate":   has("WWW-Authenticate", "Bearer") == (status == 401),
-		"a 405, and nothing else, has Allow":              has("Allow", "") == (status != 405),
-		"a 429 or 503, and nothing else, has Retry-After": has("Retry-After", "") == (status != 429 && status != 503),
-		"ids have 9 characters of [0-9a-z]":               !strings.Contains(otherIDs, `"id":`),
-		"a refresh token consists of 100 hex digits": refreshToken == "" ||
-			regexp.MustCompile(`^[0-9a-f]{100}$`).MatchString(refreshToken),
+		"X-Content-Type-Options is nosniff":             has("X-Content-Type-Options", "nosniff"),
+		"X-Frame-Options is SAMEORIGIN":                 has("X-Frame-Options", "SAMEORIGIN"),
+		"Cache-Control is no-store":                     has("Cache-Control", "no-store"),
+		"there is an X-Request-Id":                      !has("X-Request-Id", ""),
+		"Access-Control-Allow-Origin is " + origin:      has("Access-Control-Allow-Origin", origin),
+		"Vary is Origin if one origin is allowed":       has("Vary", "Origin") == (origin != "*" && origin != ""),
+		"a 204 has neither a body nor a Content-Type":   status != 204 || body == "" && has("Content-Type", ""),
+		"others have JSON":                              status == 204 || has("Content-Type", contentType),
+		"nothing comes in chunks":                       len(resp.TransferEncoding) == 0,
+		"an error has a reason":                         status < 400 || resp.reason != "" || method == "HEAD" && body == "",
+		"only an error has a reason":                    status >= 400 || resp.reason == "",
+		"no body has a numeric status":                  !regexp.MustCompile(`"status":\s*[-\d]`).MatchString(body),
+		"the reason of a 422 names the fields":          status != 422 || resp.reason == invalidFields(problem.Fields).Reason,
+		"only a 422 has fields":                         status == 422 || problem.Fields == nil,
+		"a 401 and nothing else has WWW-Authenticate":   has("WWW-Authenticate", "Bearer") == (status == 401),
+		"a 405 and nothing else has Allow":              has("Allow", "") == (status != 405),
+		"a 429, a 503 and nothing else has Retry-After": has("Retry-After", "") == (status != 429 && status != 503),
 	}
 }
 
@@ -259,12 +265,11 @@ func member(object, name string) string {
 
 // Transcripts:
 
-// A step of a transcript is a request and the lines of its response, or a command.
+// A step of a transcript is a command, or a request and the lines of its response.
 type step struct {
 	line    int
 	marked  bool // see TestExercise
 	command string
-	times   int // how often the request is sent
 	request string
 	headers []string
 	bodies  []string // the request is sent with each of them
@@ -276,28 +281,18 @@ const mark = "# Fails until the exercise is solved."
 // readTranscript reads the steps of a transcript. See document.txt for its format.
 func readTranscript(t testing.TB, path string) (steps []*step) {
 	t.Helper()
-	next, last := &step{times: 1}, new(step) // requests
+	marked, last := false, new(step)
 	for n, line := range strings.Split(readFile(t, path), "\n") {
-		line = strings.TrimSpace(line)
-		sent, isSent := strings.CutPrefix(line, "> ")
 		command, isCommand := strings.CutPrefix(line, "$ ")
-		times, isRepeat := strings.CutPrefix(command, "repeat ")
-		next.line = n + 1
+		sent, isSent := strings.CutPrefix(line, "> ")
 		switch {
-		case line == mark:
-			next.marked = true
 		case line == "", line[0] == '#':
-		case isCommand && isRepeat:
-			var err error
-			if next.times, err = strconv.Atoi(times); err != nil {
-				t.Fatalf("%s:%d: %v", path, n+1, err)
-			}
+			marked = marked || line == mark
 		case isCommand:
 			steps = append(steps, &step{line: n + 1, command: command})
 		case isSent && strings.Contains(sent, " /"):
-			next.request = sent
-			steps = append(steps, next)
-			next, last = &step{times: 1}, next
+			last = &step{line: n + 1, marked: marked, request: sent}
+			steps, marked = append(steps, last), false
 		case isSent:
 			last.headers = append(last.headers, sent)
 		case line[0] == '<', last.want != nil:
@@ -313,13 +308,24 @@ func readTranscript(t testing.TB, path string) (steps []*step) {
 // must be called in a synctest bubble.
 func play(t *testing.T, path string) (failed *step, err error) {
 	time.Sleep(time.Until(time.Unix(1553657927, 0))) // the time in the document's examples
-	c := newClient(t, newTestServer(t))
+	c, times := newClient(t, newTestServer(t)), 1
 	c.names["an_idea"], c.names["dir"] = anIdea, t.TempDir()
 	for _, s := range readTranscript(t, path) {
-		if s.command != "" {
-			err = c.run(t, s.command)
-		} else {
-			err = c.take(s)
+		name, argument, _ := strings.Cut(s.command, " ")
+		switch name {
+		case "":
+			err = c.take(s, times)
+			times = 1
+		case "repeat":
+			times, err = strconv.Atoi(argument)
+		case "sleep":
+			var duration time.Duration
+			duration, err = time.ParseDuration(argument)
+			time.Sleep(duration)
+		case "ideapool":
+			err = c.restart(t, argument)
+		default:
+			err = fmt.Errorf("there is no command %s", name)
 		}
 		if err != nil {
 			return s, fmt.Errorf("%s:%d: %w", path, s.line, err)
@@ -328,116 +334,70 @@ func play(t *testing.T, path string) (failed *step, err error) {
 	return nil, nil
 }
 
-// run runs a command of a transcript.
-func (c *client) run(t *testing.T, command string) error {
-	name, argument, _ := strings.Cut(command, " ")
-	switch name {
-	case "sleep":
-		duration, err := time.ParseDuration(argument)
-		time.Sleep(duration)
+// restart connects the client with a new server. Its files in $dir are as a kill would
+// leave them.
+func (c *client) restart(t *testing.T, flags string) error {
+	dir := t.TempDir()
+	if err := os.CopyFS(dir, os.DirFS(c.names["dir"])); err != nil {
 		return err
-	case "ideapool":
-		dir := t.TempDir() // with the files as a kill would leave them
-		if err := os.CopyFS(dir, os.DirFS(c.names["dir"])); err != nil {
-			return err
-		}
-		c.names["dir"] = dir
-		text, err := c.expand(strings.Fields(argument)...)
-		if err != nil {
-			return err
-		}
-		c.transport, c.origin = newClient(t, newTestServer(t, text...)).transport, "*"
-		if i := slices.Index(text, "-cors-origin"); i >= 0 {
-			c.origin = strings.TrimPrefix(text[i+1], "none")
-		}
-		return nil
 	}
-	return fmt.Errorf("there is no command %s", name)
+	c.names["dir"] = dir
+	s := newTestServer(t, strings.Fields(c.expand(flags))...)
+	c.transport, c.origin = newClient(t, s).transport, strings.TrimPrefix(s.options.corsOrigin, "none")
+	return nil
 }
 
 // take sends the requests of a step, and compares the responses.
-func (c *client) take(s *step) error {
+func (c *client) take(s *step, times int) error {
 	if s.bodies == nil {
 		s.bodies = []string{""}
 	}
-	if s.want == nil {
-		return errors.New("the step has no response")
-	}
-	for _, body := range slices.Repeat(s.bodies, s.times) {
+	for _, body := range slices.Repeat(s.bodies, times) {
 		resp, err := c.try(s.request, body, s.headers...)
 		if err != nil {
 			return fmt.Errorf("%s: %w", s.request, err)
 		}
+		var got []string
 		for _, line := range s.want {
-			err = errors.Join(err, c.compare(line, resp))
+			name, _, isHeader := strings.Cut(line, ":")
+			switch {
+			case line[0] != '<':
+				got = append(got, resp.body)
+			case isHeader:
+				got = append(got, strings.TrimSpace(name+": "+resp.Header.Get(name[2:])))
+			default:
+				got = append(got, fmt.Sprint("< ", resp.StatusCode))
+			}
 		}
-		if err != nil {
+		if err := c.match(strings.Join(s.want, "\n"), strings.Join(got, "\n")); err != nil {
 			return fmt.Errorf("%s %s\n%w\nThe response has the body %s", s.request, body, err, resp.body)
 		}
 	}
 	return nil
 }
 
-// compare compares a line with its part of a response: a header, the status or the
-// body.
-func (c *client) compare(line string, resp testResponse) error {
-	got := resp.body
-	if name, _, isHeader := strings.Cut(line, ":"); isHeader && line[0] == '<' {
-		got = strings.TrimSpace(name + ": " + resp.Header.Get(name[2:]))
-	} else if line[0] == '<' {
-		got = fmt.Sprint("< ", resp.StatusCode)
-	}
-	return c.match(line, got)
-}
+var setName = regexp.MustCompile(`\\\$(\w+):=`) // after regexp.QuoteMeta
 
-var (
-	usedName = regexp.MustCompile(`\$\w+(:=)?`)
-	setName  = regexp.MustCompile(`\\\$(\w+):=`) // after regexp.QuoteMeta
-)
-
-// match compares a line with the wanted one, and sets the names that come with := in
+// match compares a text with the wanted one, and sets the names that come with := in
 // that.
 func (c *client) match(want, got string) error {
-	text, err := c.expand(want)
-	if err != nil {
-		return err
-	}
-	pattern := setName.ReplaceAllString(regexp.QuoteMeta(text[0]), `(?P<$1>[^",{}\s]+)`)
+	want = c.expand(want)
+	pattern := setName.ReplaceAllString(regexp.QuoteMeta(want), `(?P<$1>[^",{}\s]+)`)
 	re, err := regexp.Compile("^" + strings.ReplaceAll(pattern, "…", ".*") + "$")
 	if err != nil {
 		return err
 	}
 	values := re.FindStringSubmatch(got)
-	if values == nil {
-		return fmt.Errorf(" got %s\nwant %s", got, text[0])
+	if values == nil || want == "" {
+		return fmt.Errorf("got\n%s\nwant\n%s", got, want)
 	}
-	for n, name := range re.SubexpNames() {
-		if name != "" {
-			c.names[name] = values[n]
-		}
+	for n, name := range re.SubexpNames()[1:] {
+		c.names[name] = values[n+1]
 	}
 	return nil
 }
 
-// expand replaces names by their values, except where they are set.
-func (c *client) expand(texts ...string) ([]string, error) {
-	var err error
-	replace := func(name string) string {
-		value, known := c.names[name[1:]]
-		if strings.HasSuffix(name, ":=") {
-			return name
-		}
-		if !known {
-			err = fmt.Errorf("%s has no value; an earlier response must set it, by %s:=", name, name)
-		}
-		return value
-	}
-	expanded := make([]string, len(texts))
-	for n, text := range texts {
-		expanded[n] = usedName.ReplaceAllStringFunc(text, replace)
-	}
-	return expanded, err
-}
+// Networks and goroutines:
 
 // pipes is a network in memory. In a synctest bubble, there must be no other.
 type pipes chan net.Conn
@@ -458,6 +418,37 @@ func (p pipes) dial() net.Conn {
 	return near
 }
 
+// startServing runs the server on a pipe network. It must be called in a synctest
+// bubble. The returned stop ends the server and waits.
+func startServing(t *testing.T, s *server) (network pipes, stop func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	network = make(pipes)
+	done := make(chan error)
+	go func() { done <- s.serve(ctx, network) }()
+	t.Cleanup(func() { time.Sleep(time.Minute) }) // until handlers and clients have noticed
+	return network, func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// exchange sends a request as it is, and checks the response, as client.expect does.
+func exchange(t testing.TB, conn net.Conn, request, want string) {
+	t.Helper()
+	go io.WriteString(conn, request) // a pipe has no buffer
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatalf("%.100q: %v", request, err)
+	}
+	body, err := io.ReadAll(resp.Body)
+	got := testResponse{resp, string(body), member(string(body), "reason")}.summary()
+	if err != nil || got != want {
+		t.Errorf("%.100q: got %s, %v, want %s", request, got, err, want)
+	}
+}
+
 // atOnce runs do in n goroutines, and waits for them.
 func atOnce(n int, do func(n int)) {
 	var wg sync.WaitGroup
@@ -472,12 +463,11 @@ func atOnce(n int, do func(n int)) {
 // rfcKeyFile has the key of RFC 7515, appendix A.2.1.
 const rfcKeyFile = "testdata/keys/rfc7515.pem"
 
-func rfcKey(t testing.TB) *rsa.PrivateKey { return testKey(t, "rfc7515.pem") }
+func rfcKey(t testing.TB) *rsa.PrivateKey { return testKey(t, rfcKeyFile) }
 
-// testKey reads one of the keys in testdata.
-func testKey(t testing.TB, name string) *rsa.PrivateKey {
+func testKey(t testing.TB, path string) *rsa.PrivateKey {
 	t.Helper()
-	key, err := readKey("testdata/keys/" + name)
+	key, err := readKey(path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -492,17 +482,6 @@ func readFile(t testing.TB, path string) string {
 		t.Fatal(err)
 	}
 	return strings.ReplaceAll(string(data), "\r", "")
-}
-
-// readmeSection returns the section of README.md with this heading.
-func readmeSection(t testing.TB, heading string) string {
-	t.Helper()
-	_, section, found := strings.Cut(readFile(t, "README.md"), "\n## "+heading+"\n")
-	if !found {
-		t.Fatalf("README.md has no section %s", heading)
-	}
-	section, _, _ = strings.Cut(section, "\n## ")
-	return section
 }
 
 func writeFile(t testing.TB, path string, content string) {
