@@ -64,10 +64,12 @@ func TestFormat(t *testing.T) {
 }
 
 // TestEarlierFiles opens files of the second version of this program: one after a
-// kill, and the same one after the next start and stop.
+// kill, and the same one after the next start and stop. After a failure, that version
+// wrote a probe of 400 KB.
 func TestEarlierFiles(t *testing.T) {
 	killed, stopped := readFile(t, "testdata/version2/killed.json"), readFile(t, "testdata/version2/stopped.json")
-	compare(t, "after a kill", reopen(scratch(t), killed), reopen(scratch(t), stopped))
+	probe := `{"changes":[` + inJSON(change{Probe: strings.Repeat("-", 400_000)}) + "]"
+	compare(t, "after a kill", reopen(scratch(t), withValue(killed, probe)), reopen(scratch(t), stopped))
 }
 
 // TestIDsRiseAndNeverRepeat uses ids of the future, as if the clock had been set back.
