@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
@@ -75,6 +76,46 @@ func TestExercise(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestNothingIsForgotten fails if a change is not complete, and says what is missing.
+func TestNothingIsForgotten(t *testing.T) {
+	_, reference, _ := strings.Cut(readFile(t, "README.md"), "\n## API reference\n")
+	reference, exercises, _ := strings.Cut(reference, "**Exercises.**")
+	s, played := newTestServer(t), make(map[string]bool)
+	for _, path := range glob(t, "testdata/api/*.txt") {
+		for _, sent := range readTranscript(t, path) {
+			if method, target, isRequest := strings.Cut(sent.request, " "); isRequest && strings.HasPrefix(sent.want[0], "< 2") {
+				_, pattern := s.mux.Handler(httptest.NewRequest(method, target, nil))
+				played[pattern] = true
+			}
+		}
+	}
+	for _, pattern := range s.patterns {
+		if !played[pattern] {
+			t.Errorf("%s: add a transcript in which it succeeds to testdata/api", pattern)
+		}
+		if !strings.Contains(reference, "\n| `"+pattern+"` |") {
+			t.Errorf("%s: add it to the table of routes in README.md", pattern)
+		}
+	}
+	for _, field := range reflect.VisibleFields(reflect.TypeFor[idea]()) {
+		name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
+		if !regexp.MustCompile(`(?m)^\| [\w, ]*\b` + name + `\b|also has[^.]*\b` + name + `\b`).MatchString(reference) {
+			t.Errorf("%s: add it to README.md, to the table of fields or to \"An idea in a response also has\"", name)
+		}
+	}
+	for _, path := range glob(t, "testdata/exercises/*.txt") {
+		number, _, _ := strings.Cut(filepath.Base(path), "-")
+		exercises = strings.Replace(exercises, "\n"+number+". ", "\n", 1)
+		if !strings.Contains(readFile(t, path), mark) {
+			t.Errorf("%s: add the line %q before the first request that fails", path, mark)
+		}
+	}
+	// Exercise 5 changes no response, so that the transcripts in testdata/api check it.
+	if left := regexp.MustCompile(`(?m)^\d+`).FindAllString(exercises, -1); !slices.Equal(left, []string{"5"}) {
+		t.Errorf("got the exercises %q without testdata/exercises/N-NAME.txt, want only 5", left)
 	}
 }
 
@@ -327,6 +368,8 @@ func TestFullDisk(t *testing.T) {
 		{"GET /me", "", "200"}, // the logout has ended nothing
 		{"POST /access-tokens/refresh", `{"refresh_token":"$refresh"}`, "200"},
 		{"GET /healthz", "", notSaved},
+		{"POST /users", jacksSignUp, "422 email is already registered"}, // it does not get as far as the disk
+		{"DELETE /ideas/000000000", "", "404 you have no such idea"},
 	} {
 		c.expect(test.request, test.body, test.want, withToken)
 	}
@@ -500,8 +543,8 @@ func TestClientsThatHangUp(t *testing.T) {
 		gone, cancel := context.WithCancel(t.Context())
 		cancel()
 		for range 20 { // although a slot is free
-			if err := s.hashing.acquire(gone); err != errClientGone {
-				t.Fatalf("got the error %v, want %v", err, errClientGone)
+			if err := s.hashing.acquire(gone); err != errClientGone || len(s.hashing) > 0 {
+				t.Fatalf("got the error %v and %d slots taken, want %v and none", err, len(s.hashing), errClientGone)
 			}
 		}
 		if n := len(s.store.emails) + len(s.throttle.failures); n > 0 {
