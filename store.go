@@ -355,7 +355,7 @@ func (s *store) commitBatch(batch []pendingChange) {
 	// A compaction costs about as much as it writes changes, so one comes after as many.
 	if s.file != nil && s.file.later-s.file.tried > 1000+s.size() {
 		if err := s.compact(); err != nil {
-			s.file.tried = s.file.later // try again after as many changes
+			s.file.tried = s.file.later                             // try again after as many changes
 			s.failing.Store(s.failing.Load() || !s.file.isIntact()) // for GET /healthz
 			go s.logger.Error("cannot compact the data file; will try again later", "error", err)
 		}
