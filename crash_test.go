@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
@@ -115,6 +116,12 @@ func TestACrashLosesNothing(t *testing.T) {
 				p.lookAt("before "+op, p.fake, 1, p.now, p.next)
 			}
 			p.play("")
+			for _, kind := range reflect.VisibleFields(reflect.TypeFor[change]()) {
+				has := func(c change) bool { return !reflect.ValueOf(c).FieldByIndex(kind.Index).IsZero() }
+				if kind.Name != "Probe" && !slices.ContainsFunc(p.done, has) {
+					t.Errorf("%s: add such a change to player.play", kind.Name)
+				}
+			}
 		})
 	}
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rsa"
@@ -447,6 +448,24 @@ func exchange(t testing.TB, conn net.Conn, request, want string) {
 	if err != nil || got != want {
 		t.Errorf("%.100q: got %s, %v, want %s", request, got, err, want)
 	}
+}
+
+// A syncBuffer is a log that several goroutines write.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(b)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
 }
 
 // atOnce runs do in n goroutines, and waits for them.

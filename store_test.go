@@ -259,8 +259,6 @@ func TestRejectedChanges(t *testing.T) {
 	}
 }
 
-// Many changes at once:
-
 // TestCommitsDuringAStop makes changes while the store stops, and afterwards. Each
 // is acknowledged, and is there after a restart, or is rejected.
 func TestCommitsDuringAStop(t *testing.T) {
@@ -348,6 +346,39 @@ func TestChangesShareAnFsync(t *testing.T) {
 	}
 }
 
+// TestReadsDuringACompaction stops a compaction half-way. Changes wait, reads do not.
+func TestReadsDuringACompaction(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, ann, goOn, saved := startStore(t, scratch(t), noSync), somebody(1), make(chan bool), false
+		mustCommit(t, s, ann.signUp("a@example.org"), ann.create(ideaID(1), "tea", 5))
+		synctest.Wait()         // for the writer
+		s.file.tried = -1 << 30 // a compaction is due after the next change
+		s.file.disk = func(op, path string, do func() error) error {
+			if op == "create" {
+				<-goOn
+			}
+			return noSync(op, path, do)
+		}
+		mustCommit(t, s, ann.update(ideaID(1), "coffee", 6))
+		go func() {
+			mustCommit(t, s, ann.create(ideaID(2), "rain", 5))
+			saved = true
+		}()
+		synctest.Wait()
+		compare(t, "a change during a compaction is saved", saved, false)
+		if s.mu.TryRLock() {
+			s.mu.RUnlock()
+			page, _ := s.pageOfIdeas(string(ann), 1)
+			compare(t, "a read during a compaction", string(page), "["+ideaJSON(1, "coffee", 6)+"]")
+		} else {
+			t.Error("a read has to wait for a compaction")
+		}
+		close(goOn)
+		synctest.Wait()
+		compare(t, "a change is saved after the compaction", saved, true)
+	})
+}
+
 // TestABackup copies FILE in steps, as cp does, while 16 people write and the store
 // compacts. A copy holds what was acknowledged before, and only what was written.
 func TestABackup(t *testing.T) {
@@ -428,39 +459,6 @@ func TestWhenToCompact(t *testing.T) {
 		update("with a failing disk, after one more", 1, 1)
 	}
 	survivesAKill(t, "after compactions that failed", s)
-}
-
-// TestReadsDuringACompaction stops a compaction half-way. Changes wait, reads do not.
-func TestReadsDuringACompaction(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s, ann, goOn, saved := startStore(t, scratch(t), noSync), somebody(1), make(chan bool), false
-		mustCommit(t, s, ann.signUp("a@example.org"), ann.create(ideaID(1), "tea", 5))
-		synctest.Wait()         // for the writer
-		s.file.tried = -1 << 30 // a compaction is due after the next change
-		s.file.disk = func(op, path string, do func() error) error {
-			if op == "create" {
-				<-goOn
-			}
-			return noSync(op, path, do)
-		}
-		mustCommit(t, s, ann.update(ideaID(1), "coffee", 6))
-		go func() {
-			mustCommit(t, s, ann.create(ideaID(2), "rain", 5))
-			saved = true
-		}()
-		synctest.Wait()
-		compare(t, "a change during a compaction is saved", saved, false)
-		if s.mu.TryRLock() {
-			s.mu.RUnlock()
-			page, _ := s.pageOfIdeas(string(ann), 1)
-			compare(t, "a read during a compaction", string(page), "["+ideaJSON(1, "coffee", 6)+"]")
-		} else {
-			t.Error("a read has to wait for a compaction")
-		}
-		close(goOn)
-		synctest.Wait()
-		compare(t, "a change is saved after the compaction", saved, true)
-	})
 }
 
 // TestBytesOfACreate counts the bytes of an idea in FILE, before and after a stop.
@@ -747,24 +745,6 @@ func commitLine(t testing.TB, s *store, changes ...change) {
 func withValue(file, value string) string {
 	sum := crc32.Checksum([]byte(checksum.ReplaceAllString(file, "")+value), castagnoli)
 	return fmt.Sprintf("%s%s,\"crc32c\":\"%08x\"}\n", file, value, sum)
-}
-
-// A syncBuffer is a log that several goroutines write.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (s *syncBuffer) Write(b []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(b)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }
 
 // compare compares two values as they are printed.
