@@ -129,8 +129,8 @@ func (s *server) startSession(w http.ResponseWriter, u user, c change) error {
 	return writeJSON(w, http.StatusCreated, tokenResponse{token, refreshToken})
 }
 
-// newAccessToken makes a token. Its expiry differs from that of every logged-out
-// token of the user, which it would otherwise equal.
+// newAccessToken makes a token. It expires in another second than every logged-out
+// token of the user: in the same second, it would be the same token.
 func (s *server) newAccessToken(u user) (string, error) {
 	now := time.Now()
 	expires, ok := s.store.freeExpiry(u.ID, now.Unix(), now.Add(s.options.accessTTL).Unix())
@@ -149,8 +149,8 @@ func hashToken(token string) string {
 
 // checkPassword returns the user who has this e-mail and password. An unknown
 // e-mail costs one hash, as a wrong password does, so that the time does not tell
-// them apart. Each attempt holds a slot from its look at the throttle until it is
-// noted there, so a burst gets at most as many attempts more as there are slots.
+// them apart. Each attempt holds a slot from its look at the throttle until it is noted
+// there. So in a burst, no more attempts than there are slots can miss a new wait.
 func (s *server) checkPassword(r *http.Request, email, password string) (user, error) {
 	u, known := s.store.userByEmail(email)
 	if !known {
@@ -223,10 +223,10 @@ func (s *server) clientAddr(r *http.Request) netip.Addr {
 // parseAddr parses an address with or without a port and brackets.
 func parseAddr(s string) (netip.Addr, error) {
 	if withPort, err := netip.ParseAddrPort(s); err == nil {
-		return withPort.Addr().Unmap(), nil
+		return withPort.Addr().WithZone("").Unmap(), nil
 	}
 	addr, err := netip.ParseAddr(strings.Trim(s, "[]"))
-	return addr.Unmap(), err
+	return addr.WithZone("").Unmap(), err
 }
 
 // wait returns how long an attempt must wait.

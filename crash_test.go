@@ -643,10 +643,8 @@ func checkUsers(t *testing.T, path string, users []*loadUser) {
 	s := openTestStore(t, path, realDisk)
 	defer abandon(s)
 	for _, u := range users {
-		got := ""
-		for _, i := range s.accounts[u.id].ideas {
-			got += string(i.json)
-		}
+		list, _ := s.pageOfIdeas(u.id, 1)
+		got := strings.Trim(string(list), "[]")
 		happened := strings.Contains(got, u.underWay) && (got == "") == (u.underWay == "")
 		if got != u.idea && !happened {
 			t.Errorf("got the ideas %s, want %s, or with %s", got, u.idea, u.underWay)

@@ -11,6 +11,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/big"
 	"net/http"
 	"os"
@@ -253,4 +254,26 @@ func makeKey(path string) (*rsa.PrivateKey, error) {
 		return nil, err
 	}
 	return key, os.Rename(f.Name(), path)
+}
+
+// realPath returns the absolute path of a file that may not exist yet, without
+// symbolic links. It rejects what is not a regular file before anything is opened:
+// opening a named pipe blocks.
+func realPath(name string) (string, error) {
+	name, err := filepath.Abs(name)
+	if err != nil {
+		return "", err
+	}
+	if _, err := os.Lstat(name); errors.Is(err, fs.ErrNotExist) {
+		directory, err := filepath.EvalSymlinks(filepath.Dir(name))
+		return filepath.Join(directory, filepath.Base(name)), err
+	}
+	if name, err = filepath.EvalSymlinks(name); err != nil {
+		return "", err
+	}
+	info, err := os.Stat(name)
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("not a regular file (its mode is %s); choose another one", info.Mode())
+	}
+	return name, err
 }

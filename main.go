@@ -76,7 +76,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	printWelcome(stderr, listener.Addr(), o)
 	err = newServer(o, key, s, logger).serve(ctx, listener)
 	if closeErr := s.close(); closeErr != nil {
-		return fmt.Errorf("-data %s: %w; nothing is lost, the next start tries again", o.data, closeErr)
+		return fmt.Errorf("-data %s: cannot compact it for the stop: %w", o.data, closeErr)
 	}
 	return err
 }
@@ -199,7 +199,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	response := http.NewResponseController(w)
 	response.EnableFullDuplex() // or net/http would read the body before it sends the response
 	s.mux.ServeHTTP(w, r)
-	if r.Header.Get("Expect") == "" { // with it, net/http closes the connection
+	if r.Header.Get("Expect") == "" { // or the client may never send the body
 		drain(response, r.Body)
 	}
 }
@@ -343,7 +343,7 @@ func (s *server) methods() []string {
 func (s *server) noRoute(w http.ResponseWriter, r *http.Request) error {
 	var allowed []string
 	for _, method := range append(s.methods(), http.MethodHead) {
-		_, pattern := s.mux.Handler(&http.Request{Method: method, Host: r.Host, URL: r.URL})
+		_, pattern := s.mux.Handler(&http.Request{Method: method, URL: r.URL})
 		if pattern != "/" {
 			allowed = append(allowed, method)
 		}

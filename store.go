@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -51,7 +50,7 @@ type store struct {
 	queue    chan pendingChange
 	stopping chan struct{}  // closed by close
 	running  sync.WaitGroup // the writer
-	failing  atomic.Bool    // the last change could not be saved
+	failing  atomic.Bool    // changes cannot be saved right now
 	failedAt time.Time      // when the writer last failed to write FILE anew
 	lock     *os.File
 	logger   *slog.Logger
@@ -78,15 +77,25 @@ type change struct {
 	Probe   string      `json:"probe,omitempty"` // nothing happened; see checkHealth
 }
 
-// validate checks what a change says, from a handler or from FILE.
+// validate checks what a change says, from a handler or from FILE: it must have the
+// members of one kind, and no others.
 func (c change) validate() error {
-	if c.User != nil {
+	switch c {
+	case change{}:
+		return errInconsistent
+	case change{User: c.User, Session: c.Session}:
+		if c.User == nil {
+			return nil
+		}
 		return c.User.validate()
+	case change{Create: c.Create}:
+		return c.Create.encode()
+	case change{Update: c.Update}:
+		return c.Update.encode()
+	case change{Logout: c.Logout}, change{Delete: c.Delete}, change{Probe: c.Probe}:
+		return nil
 	}
-	if i := cmp.Or(c.Create, c.Update); i != nil {
-		return i.encode()
-	}
-	return nil
+	return errInconsistent
 }
 
 // memory holds all data, indexed the way it is looked up.
@@ -352,11 +361,13 @@ func (s *store) commitBatch(batch []pendingChange) {
 		}
 		p.result <- result
 	}
-	// A compaction costs about as much as it writes changes, so one comes after as many.
+	// A compaction comes after as many changes as it writes, so it costs no more than they.
 	if s.file != nil && s.file.later-s.file.tried > 1000+s.size() {
 		if err := s.compact(); err != nil {
-			s.file.tried = s.file.later                             // try again after as many changes
-			s.failing.Store(s.failing.Load() || !s.file.isIntact()) // for GET /healthz
+			s.file.tried = s.file.later // try again after as many changes
+			if !s.file.isIntact() {
+				s.failing.Store(true) // so GET /healthz says it, and tries again
+			}
 			go s.logger.Error("cannot compact the data file; will try again later", "error", err)
 		}
 	}
@@ -441,7 +452,8 @@ const (
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // isIntact reports whether path names the file, with the size that it should have.
-// If not, a write has failed, or somebody else has changed or removed FILE.
+// If not, a write has failed (no file is the same as a nil info), or somebody else has
+// changed or removed FILE.
 func (f *dataFile) isIntact() bool {
 	info, err := os.Stat(f.path)
 	return err == nil && os.SameFile(info, f.info) && info.Size() == f.size
@@ -594,15 +606,18 @@ func (f *dataFile) load(m *memory) error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf(`%w; restore a backup, or see "A data file that cannot be read" in README.md`, err)
+	return fmt.Errorf(`%w; use the version that wrote it, restore a backup, or see "A data file that cannot be read" in README.md`, err)
 }
 
 // readSnapshot applies the first record of FILE and returns where it ends. A record
 // that was edited by hand has no checksum, and any layout: it must be written anew.
 func (f *dataFile) readSnapshot(data []byte, m *memory) (end int, err error) {
 	r, end, err := decodeRecord(data)
-	if syntax, ok := errors.AsType[*json.SyntaxError](err); ok {
-		err = fmt.Errorf("line %d: %w", 1+bytes.Count(data[:syntax.Offset], []byte("\n")), err)
+	if e, ok := errors.AsType[*json.SyntaxError](err); ok {
+		err = fmt.Errorf("line %d: %w", 1+bytes.Count(data[:e.Offset], []byte("\n")), err)
+	}
+	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		err = fmt.Errorf("line %d: %w", 1+bytes.Count(data[:e.Offset], []byte("\n")), err)
 	}
 	switch { // the format first: another version may have other fields
 	case err == io.EOF:
@@ -611,7 +626,7 @@ func (f *dataFile) readSnapshot(data []byte, m *memory) (end int, err error) {
 		return 0, fmt.Errorf("format %d, from another version of ideapool", r.Format)
 	case err != nil:
 		return 0, err
-	case r.Format == 0:
+	case r.Format == 0, r.Changes == nil:
 		return 0, errors.New("it is not a data file of ideapool")
 	case r.LastID != "" && r.LastID != "0" && !idShape.MatchString(r.LastID):
 		return 0, fmt.Errorf("the last_id %q is no id", r.LastID)
@@ -704,28 +719,6 @@ func (m *memory) replay(c change) error {
 		return err
 	}
 	return m.apply(c)
-}
-
-// realPath returns the absolute path of a file that may not exist yet, without
-// symbolic links. It rejects what is not a regular file before anything is opened:
-// opening a named pipe blocks.
-func realPath(name string) (string, error) {
-	name, err := filepath.Abs(name)
-	if err != nil {
-		return "", err
-	}
-	if _, err := os.Lstat(name); errors.Is(err, fs.ErrNotExist) {
-		directory, err := filepath.EvalSymlinks(filepath.Dir(name))
-		return filepath.Join(directory, filepath.Base(name)), err
-	}
-	if name, err = filepath.EvalSymlinks(name); err != nil {
-		return "", err
-	}
-	info, err := os.Stat(name)
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("not a regular file (its mode is %s); choose another one", info.Mode())
-	}
-	return name, err
 }
 
 // A disk runs each file operation that durability depends on. It is realDisk except

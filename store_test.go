@@ -234,7 +234,7 @@ func TestRejectedChanges(t *testing.T) {
 		"an idea without its user":    {nobody.create(ideaID(9), "tea", 5), inconsistent},
 		"an idea twice":               {ann.create(ideaID(1), "tea", 5), inconsistent},
 		"an idea without its content": {ann.create(ideaID(9), "", 5), invalid},
-		"an idea of the year 2300":    {ann.create("zzzzzzzzz", "tea", 5), invalid},
+		"an idea of the year 2291":    {ann.create("zzzzzzzzz", "tea", 5), invalid},
 		"a user twice":                {userOnly(ann, "new@example.org"), inconsistent},
 		"a user with a short id":      {userOnly("u1", "new@example.org"), invalid},
 		"a user with no e-mail":       {userOnly(nobody, ""), invalid},
@@ -244,6 +244,7 @@ func TestRejectedChanges(t *testing.T) {
 		"a sign-up of somebody else":  {signUpOfOther, inconsistent},
 		"a logout without its user":   {nobody.logOut("", 1), inconsistent},
 		"nothing":                     {change{}, inconsistent},
+		"two changes in one":          {change{Logout: ann.logOut("", 1).Logout, Delete: ann.remove(ideaID(1)).Delete}, inconsistent},
 	} {
 		later := withValue(file, `{"changes":[`+inJSON(test.change)+"]")
 		rejects(t, path, name, later, fmt.Sprintf("line %d: ", 1+strings.Count(file, "\n")), test.want)
