@@ -124,16 +124,16 @@ func TestNothingIsForgotten(t *testing.T) {
 func TestNewRoutes(t *testing.T) {
 	s := newTestServer(t)
 	done := func(w http.ResponseWriter, _ *http.Request) error { return writeJSON(w, http.StatusOK, "done") }
-	s.handle("LOCK /me", done)
+	s.handle("LOCK /healthz", done)
 	s.handle("GET /ideas/export", done)
 	c := newClient(t, s)
 	c.expect("GET /ideas/export", "", "200")
-	for path, want := range map[string]string{"/me": "GET, HEAD, LOCK", "/ideas/export": "DELETE, GET, HEAD, PUT"} {
+	for path, want := range map[string]string{"/healthz": "GET, HEAD, LOCK", "/ideas/export": "DELETE, GET, HEAD, PUT"} {
 		if got := c.send("NOPE "+path, "").Header.Get("Allow"); got != want {
 			t.Errorf("%s: got the methods %s, want %s", path, got, want)
 		}
 	}
-	for _, path := range []string{"/me", "/ideas/export", "/ideas", "/nowhere", "/", "//ideas/"} {
+	for _, path := range []string{"/healthz", "/ideas/export", "/ideas", "/nowhere", "/", "//ideas/"} {
 		got := c.send("OPTIONS "+path, "").Header.Get("Access-Control-Allow-Methods")
 		if want := "DELETE, GET, LOCK, POST, PUT"; got != want {
 			t.Errorf("a preflight of %s: got the methods %s, want %s", path, got, want)
@@ -141,7 +141,7 @@ func TestNewRoutes(t *testing.T) {
 	}
 	// The index lists the routes of the API, and neither itself nor OPTIONS.
 	index := c.send("GET /", "").body
-	if want := `,"LOCK /me","GET /ideas/export"]}`; !strings.HasSuffix(index, want) ||
+	if want := `,"LOCK /healthz","GET /ideas/export"]}`; !strings.HasSuffix(index, want) ||
 		strings.Contains(index, "GET /{$}") || strings.Contains(index, "OPTIONS") {
 		t.Errorf("got the index %s, want …%s", index, want)
 	}

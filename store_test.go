@@ -69,7 +69,9 @@ func TestFormat(t *testing.T) {
 func TestEarlierFiles(t *testing.T) {
 	killed, stopped := readFile(t, "testdata/version2/killed.json"), readFile(t, "testdata/version2/stopped.json")
 	probe := `{"changes":[` + inJSON(change{Probe: strings.Repeat("-", 400_000)}) + "]"
-	compare(t, "after a kill", reopen(scratch(t), withValue(killed, probe)), reopen(scratch(t), stopped))
+	want := reopen(scratch(t), stopped)
+	compare(t, "it opens: "+want, strings.Contains(want, "jack@example.org"), true)
+	compare(t, "after a kill", reopen(scratch(t), withValue(killed, probe)), want)
 }
 
 // TestIDsRiseAndNeverRepeat uses ids of the future, as if the clock had been set back.
