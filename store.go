@@ -545,12 +545,16 @@ func (f *dataFile) writeSnapshot(lastID string, changes []change) (err error) {
 	w := bufio.NewWriterSize(io.MultiWriter(f.file, hash), 1<<16)
 	fmt.Fprintf(w, `{"format":2,"last_id":%q,"changes":[`, lastID)
 	for n, c := range changes {
+		if n > 0 {
+			w.WriteString(",")
+		}
+		if i := c.Create; i != nil { // its JSON exists already
+			fmt.Fprintf(w, "\n{\"create\":{\"owner\":%q,\"idea\":%s}}", i.Owner, i.json)
+			continue
+		}
 		text, err := json.Marshal(c)
 		if err != nil {
 			return err
-		}
-		if n > 0 {
-			w.WriteString(",")
 		}
 		fmt.Fprintf(w, "\n%s", text)
 	}
