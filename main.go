@@ -11,7 +11,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/rand"
 	"crypto/rsa"
 	"encoding/json"
 	"errors"
@@ -21,6 +20,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
@@ -188,7 +188,7 @@ const maxBody = 64 << 10 // bytes
 // and reads what is left of the body.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	maps.Copy(w.Header(), s.headers)
-	w.Header().Set("X-Request-Id", rand.Text())
+	w.Header().Set("X-Request-Id", strconv.FormatUint(rand.Uint64(), 36))
 	if path.Clean(r.URL.Path) != r.URL.Path {
 		r = cleanPath(r)
 	}
