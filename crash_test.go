@@ -318,6 +318,10 @@ type fakeFile struct {
 // step runs an operation, and remembers what it did, even if it says that it failed.
 func (d *fakeDisk) step(op, path string, do func() error) error {
 	name, happened := filepath.Base(path), false
+	if _, exists := d.files[name]; exists && op == "rename" { // nobody may remove FILE first
+		_, err := os.Stat(path)
+		wantError(d.t, "before "+op+", "+name, err, nil)
+	}
 	if d.before != nil {
 		d.before(op + " " + name)
 	}

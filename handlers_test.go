@@ -751,15 +751,17 @@ func TestFailingHandlers(t *testing.T) {
 // one, and that there are no secrets.
 func TestLog(t *testing.T) {
 	log := new(syncBuffer)
-	s := newTestServer(t)
+	s := newTestServer(t, "-trust-proxy")
 	s.logger = newLogger(log, false)
+	s.handle("GET /busy", func(http.ResponseWriter, *http.Request) error { return errBusy })
 	c := newClient(t, s)
 	c.signUp()
 	c.expect("DELETE //access-tokens/?refresh_token=$refresh", "", "204", withToken)
-	c.expect("POST /access-tokens", strings.Replace(jacksLogin, "3", "4", 1), wrongLogin, "From: [2001:db8::1]:1")
+	c.expect("POST /access-tokens", strings.Replace(jacksLogin, "3", "4", 1), wrongLogin, "X-Forwarded-For: 2001:db8::1")
 	c.expect("GET /a%0aevil=1%1b[31m?secret=the-Secret-123", "", "404 there is nothing at this path")
 	s.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", `/"b"\?the-Secret-123`, nil))
 	s.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", "http://jack:the-Secret-123@x/c", nil))
+	c.expect("GET /busy", "", "503 "+errBusy.Reason)
 	id := regexp.QuoteMeta(c.send("GET /", "").Header.Get("X-Request-Id"))
 	want := []string{
 		`level=INFO msg=request method=POST path=/users status=201 duration=\S+ client=192.0.2.1 id=\S+`,
@@ -768,6 +770,7 @@ func TestLog(t *testing.T) {
 		`level=INFO msg=request method=GET path="/a%0aevil=1%1b\[31m" status=404 duration=\S+ client=192.0.2.1 id=\S+`,
 		`level=INFO msg=request method=GET path=/%22b%22%5C status=404 duration=\S+ client=192.0.2.1 id=\S+`,
 		`level=INFO msg=request method=GET path=/c status=404 duration=\S+ client=192.0.2.1 id=\S+`,
+		`level=ERROR msg=request method=GET path=/busy status=503 .* error="too many people .*"`,
 		`level=INFO msg=request method=GET path=/ status=200 duration=\S+ client=192.0.2.1 id=` + id,
 	}
 	all := regexp.MustCompile(`^(time=\S+ ` + strings.Join(want, `\n)(time=\S+ `) + `\n)$`)

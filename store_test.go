@@ -46,6 +46,11 @@ func TestKeeps(t *testing.T) {
 		abandon(s)
 		s = startStore(t, s.file.path, noSync)
 	}
+	mustCommit(t, s, ann.logOut("", 61))
+	abandon(s) // by a kill
+	s = startStore(t, s.file.path, noSync)
+	wantError(t, "a stop", s.close(), nil)
+	wantOneDocument(t, "after a kill, a start and a stop", s.file.path)
 }
 
 // TestFormat compares FILE with an example. To write the example anew, run
