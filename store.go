@@ -36,7 +36,7 @@ import (
 //
 // A change is first appended to FILE, then fsynced, then applied to memory, and
 // then acknowledged. So nobody sees a change that a crash could still lose, and
-// nothing ever has to be undone. A start applies the same changes in the same
+// memory never has to be undone. A start applies the same changes in the same
 // order, and so ends with the same memory.
 //
 // One goroutine, the writer, does all of this. It alone writes FILE, and it alone
@@ -77,8 +77,8 @@ type change struct {
 	Probe   string      `json:"probe,omitempty"` // nothing happened; see checkHealth
 }
 
-// validate checks what a change says, from a handler or from FILE: it must have the
-// members of one kind, and no others.
+// validate checks a change from a handler or from FILE, and makes the JSON of an idea.
+// Each case wants that no members are set but these.
 func (c change) validate() error {
 	switch c {
 	case change{}:
@@ -250,7 +250,7 @@ func openStore(path string, d disk, logger *slog.Logger) (*store, error) {
 func (s *store) start() error {
 	if s.file != nil {
 		err := s.prepareFile()
-		if s.file.file == nil {
+		if s.file.file == nil { // there was no FILE, and none could be made
 			return err
 		}
 		s.reportHealth(err)
@@ -259,7 +259,7 @@ func (s *store) start() error {
 	return nil
 }
 
-// prepareFile fsyncs what a server that was killed had no time for, or mends FILE.
+// prepareFile fsyncs FILE, which a server that was killed may not have, or mends it.
 func (s *store) prepareFile() error {
 	f := s.file
 	os.Remove(f.path + ".tmp") // of a compaction that did not end
@@ -313,7 +313,7 @@ func (s *store) commit(c change) error {
 	}
 	p := pendingChange{c, make(chan error, 1)}
 	select {
-	case s.queue <- p: // the queue has no buffer: what is sent is answered
+	case s.queue <- p: // without a buffer, the writer has it now, and will answer
 		return <-p.result
 	case <-s.stopping:
 		return errNotSaved
@@ -361,7 +361,7 @@ func (s *store) commitBatch(batch []pendingChange) {
 		}
 		p.result <- result
 	}
-	// A compaction comes after as many changes as it writes, so it costs no more than they.
+	// Compact when FILE has more later changes than a snapshot would have, and 1,000.
 	if s.file != nil && s.file.later-s.file.tried > 1000+s.size() {
 		if err := s.compact(); err != nil {
 			s.file.tried = s.file.later // try again after as many changes
@@ -451,9 +451,8 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// isIntact reports whether path names the file, with the size that it should have.
-// If not, a write has failed (no file is the same as a nil info), or somebody else has
-// changed or removed FILE.
+// isIntact reports whether path names the file, with the size that it should have: no
+// write has failed, and nobody has changed or removed FILE. (SameFile(x, nil) is false.)
 func (f *dataFile) isIntact() bool {
 	info, err := os.Stat(f.path)
 	return err == nil && os.SameFile(info, f.info) && info.Size() == f.size
@@ -651,17 +650,19 @@ func (f *dataFile) readSnapshot(data []byte, m *memory) (end int, err error) {
 
 var errChecksum = errors.New("damaged, or edited without removing crc32c: the checksum does not match")
 
-// readLines applies the lines that follow the snapshot. It drops a last line that
-// was not written as a whole, and so was never acknowledged: it has no line end, or
-// zeros in place of a block that was lost. (One zero alone may be a flipped bit.) A
-// whole line without its end counts, and blank space at the end is harmless: FILE
-// then has another size than its lines, so it is not intact.
+// readLines applies the lines that follow the snapshot. A last line with a wrong
+// checksum is dropped if it has no line end, or zeros in place of a lost block: it was
+// never acknowledged. (One zero alone may be a flipped bit.) Other damage is an error.
+// If only a line end is missing, or blank space follows, FILE is not intact.
 func (f *dataFile) readLines(data []byte, end int, m *memory) error {
 	text := bytes.TrimRight(data, " \t\r\n")
 	hasEnd := bytes.Contains(data[len(text):], []byte("\n"))
 	rest, isLine := bytes.CutPrefix(text[end:], []byte("\n"))
 	if len(text) > end && (!isLine || f.info == nil) {
 		return errors.New("something follows the snapshot (was it edited before the server had stopped?)")
+	}
+	if !hasEnd {
+		f.info = nil
 	}
 	for number := 2 + bytes.Count(data[:end], []byte("\n")); len(rest) > 0; number++ {
 		var line []byte

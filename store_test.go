@@ -156,6 +156,7 @@ func TestFilesToMend(t *testing.T) {
 		"a line without a line end":      {strings.TrimSpace(all), states[last]},
 		"blank lines after a snapshot":   {values[0] + "\n\n", states[0]},
 		"blank space after a line":       {all + " \t\r\n\n ", states[last]},
+		"a blank instead of the end":     {strings.TrimSpace(all) + " ", states[last]},
 		"blank space instead of the end": {strings.TrimSpace(all) + "  ", states[last]},
 		"no crc32c":                      {plain, states[0]},
 		"another layout":                 {strings.NewReplacer("{", "\t{\n", ",", " ,\n ").Replace(plain), states[0]},
