@@ -69,6 +69,8 @@ func TestDamageAtAnyByte(t *testing.T) {
 			rejects(t, path, "a lost block"+where, damaged)
 		}
 	}
+	damaged := file[:lastLine] + "\x00" + file[lastLine+1:]
+	compare(t, "a lost block that ends with the first byte of a line", reopen(path, damaged), states[last-1])
 }
 
 // TestLinesOutOfPlace reads three lines after the snapshot: all orders of all lines, so
@@ -467,15 +469,16 @@ func TestTerminateUnderLoad(t *testing.T) {
 		}
 		path, users := newLoadUsers(t)
 		p, writes := startProcess(t, path, fmt.Sprint("-quiet=", log == "is quiet")), int64(500)
-		c := p.client()
+		c, end := p.client(), os.Signal(syscall.SIGTERM)
 		switch log {
 		case "has no reader":
+			end = os.Interrupt
 			p.r.Close()
 		case "is full":
 			p.w.Write(make([]byte, 65_000)) // of 64 KiB: there is room for three requests
 			writes = 2
 		}
-		p.underLoad(c, users, writes, syscall.SIGTERM)
+		p.underLoad(c, users, writes, end)
 		compare(t, "its log "+log, p.ProcessState, "exit status 0")
 		wantOneDocument(t, "its log "+log, path)
 		checkUsers(t, path, users)

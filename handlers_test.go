@@ -264,6 +264,7 @@ func TestFields(t *testing.T) {
 		{"POST /access-tokens", "password", wrongLogin, `["short", " the-Secret-123", "the-Secret-123 "]`},
 		{"POST /access-tokens", "email", "422 email must not be empty", `[""]`},
 		{"POST /access-tokens", "password", "422 password must not be empty", `[""]`},
+		{"POST /access-tokens", "password", "422 password must be at most 1024 bytes long", `["` + repeat("x", 1025) + `"]`},
 		{"POST /access-tokens", "password", "422 password " + control, `["the-Secret-123\ufffd"]`},
 		{"POST /access-tokens/refresh", "refresh_token", badToken, `["x", "` + repeat("x", 60_000) + `"]`},
 		{"POST /access-tokens/refresh", "refresh_token", "422 refresh_token must be text", `[null, 7]`},
@@ -297,7 +298,7 @@ func TestFields(t *testing.T) {
 // has two of them, works, and all bytes of the password count.
 func TestLongest(t *testing.T) {
 	c := newClient(t, newTestServer(t))
-	email, name, password := strings.Repeat("a", 250)+"@b.c", strings.Repeat("<", 255), "aB3"+strings.Repeat("x", 1021)
+	email, name, password := strings.Repeat("&", 250)+"@b.c", strings.Repeat("<", 255), "aB3"+strings.Repeat("x", 1021)
 	body := fmt.Sprintf(`{"email":%q,"name":%q,"password":%q}`, email, name, password)
 	c.names["jwt"] = member(c.send("POST /users", body).body, "jwt")
 	c.expect("GET /me", "", "200", withToken)
@@ -341,7 +342,7 @@ func TestPageNumbers(t *testing.T) {
 		"? ?page=1 ?page=03 ?page=1&x=%zz ?x=1&x=2;y ?q=100% ?Page=0 ?page=9223372036854775807 ?page=1&page=0 ?page=%zz") {
 		c.expect("GET /ideas"+query, "", "200", withToken)
 	}
-	for page := range strings.FieldsSeq("0 -1 1.0 one %201 %2B1 1e1 0x1 18446744073709551616 &x=1 0&page=1") {
+	for page := range strings.FieldsSeq("0 -1 1.0 one %201 %2B1 1e1 0x1 9223372036854775808 18446744073709551616 &x=1 0&page=1") {
 		c.expect("GET /ideas?page="+page, "", "422 page must be a positive integer", withToken)
 	}
 }
@@ -349,7 +350,9 @@ func TestPageNumbers(t *testing.T) {
 // TestFullDisk makes changes while the disk is full. They must have no effect.
 func TestFullDisk(t *testing.T) {
 	var full atomic.Bool
+	log := new(syncBuffer)
 	s := newTestServer(t)
+	s.logger = newLogger(log, true)
 	s.store = startStore(t, filepath.Join(t.TempDir(), "ideas.json"), func(op, _ string, do func() error) error {
 		if op == "write" && full.Load() {
 			return syscall.ENOSPC
@@ -379,6 +382,9 @@ func TestFullDisk(t *testing.T) {
 	full.Store(false)
 	c.expect("GET /healthz", "", "200") // it finds out by itself
 	c.expect("POST /ideas", anIdea, "201", withToken)
+	if n := strings.Count(log.String(), "level=ERROR msg=request"); n != 5 { // although -quiet is set
+		t.Errorf("got the log\n%s\nwant 5 requests that failed", log)
+	}
 }
 
 // Logins under attack and under load:
@@ -390,7 +396,7 @@ func TestWaits(t *testing.T) {
 		for range 9 {
 			c.expect("POST /access-tokens", jacksLogin, wrongLogin)
 		}
-		for _, want := range []string{"30", "60", "120", "240", "480", "900", "900"} {
+		for _, want := range append(strings.Fields("30 60 120 240 480"), slices.Repeat([]string{"900"}, 60)...) {
 			c.expect("POST /access-tokens", jacksLogin, wrongLogin)
 			if got := c.send("POST /access-tokens", jacksLogin).Header.Get("Retry-After"); got != want {
 				t.Errorf("got the wait %q, want %s", got, want)
@@ -464,6 +470,16 @@ func TestClientAddr(t *testing.T) {
 	}
 }
 
+// TestForwardedInLog tests that the log has the address that counts.
+func TestForwardedInLog(t *testing.T) {
+	log, s := new(syncBuffer), newTestServer(t, "-trust-proxy")
+	s.logger = newLogger(log, false)
+	newClient(t, s).send("GET /healthz", "", "X-Forwarded-For: 203.0.113.5")
+	if !strings.Contains(log.String(), " client=203.0.113.5 ") {
+		t.Errorf("got the log\n%s\nwant client=203.0.113.5", log)
+	}
+}
+
 // TestUnknownEmail makes sure that a login with an unknown e-mail costs a hash, as one
 // with a wrong password does. The memory that it takes shows this.
 func TestUnknownEmail(t *testing.T) {
@@ -496,6 +512,14 @@ func TestHashes(t *testing.T) {
 		if !strings.HasPrefix(one, "$argon2id$v=19$m=19456,t=2,p=1$") || one == other {
 			t.Errorf("got the hashes %s and %s, want m=19456,t=2,p=1 and different salts", one, other)
 		}
+	}
+}
+
+// TestOldHash checks a password against a hash that an earlier version has stored.
+func TestOldHash(t *testing.T) {
+	const old = "$argon2id$v=19$m=64,t=1,p=1$c29tZXNhbHRzb21lc2FsdA$Ja6lHSXT36kMVbp3HYUZn8tSp1d0y1dq5/3DSU+zH3A"
+	if !matches("the-Secret-123", old) || matches("the-Secret-124", old) {
+		t.Error("a user who signed up with an earlier version cannot log in, or with any password")
 	}
 }
 
@@ -546,6 +570,14 @@ func TestClientsThatHangUp(t *testing.T) {
 			if err := s.hashing.acquire(gone); err != errClientGone || len(s.hashing) > 0 {
 				t.Fatalf("got the error %v and %d slots taken, want %v and none", err, len(s.hashing), errClientGone)
 			}
+		}
+		w := httptest.NewRecorder()
+		func() {
+			defer func() { recover() }() // as net/http would
+			s.ServeHTTP(w, httptest.NewRequestWithContext(gone, "POST", "/users", strings.NewReader(jacksSignUp)))
+		}()
+		if w.Body.Len() > 0 || len(s.hashing) > 0 {
+			t.Errorf("got the response %s, and %d slots are taken, want none", w.Body, len(s.hashing))
 		}
 		if n := len(s.store.emails) + len(s.throttle.failures); n > 0 {
 			t.Errorf("%d passwords were hashed for clients that had gone", n)
@@ -607,6 +639,7 @@ func TestExpectContinue(t *testing.T) {
 			send(test.request, 64<<10+1, "", test.want)
 		}
 		send("POST /users", 64<<10, "Expect: 100-continue\r\n", "100")
+		send("POST /ideas", 9, "Transfer-Encoding: chunked\r\n", "401 you can not pass!")
 		if took := time.Since(start); took > 0 {
 			t.Errorf("the responses came after %v, want at once", took)
 		}

@@ -170,7 +170,7 @@ func TestBadStarts(t *testing.T) {
 		{"-key ideas.lock -data here/ideas", sameFile},
 		{"-key link -data garbage", sameFile},
 
-		{"-addr " + busyAddr, "-addr " + busyAddr + ": listen tcp .*: bind: .*"},
+		{"-addr " + busyAddr + " -data ideas", "-addr " + busyAddr + ": listen tcp .*: bind: .*"},
 		{"-key garbage", "-key garbage: not a PEM file.*"},
 		{"-key blocked.tmp", "-key blocked.tmp: not a regular file.*"},
 		{"-key fifo", "-key fifo: not a regular file.*"},

@@ -41,6 +41,8 @@ func TestKeeps(t *testing.T) {
 		compare(t, when+", the token is active", active, false)
 		compare(t, when, fmt.Sprint(len(s.emails), len(s.sessions), len(s.ideas), len(s.loggedOut)), "2 2 2 1")
 		survivesAKill(t, when, s)
+		abandon(s) // a kill; the next start makes no change
+		s = startStore(t, s.file.path, noSync)
 		wantError(t, "a stop", s.close(), nil)
 		wantOneDocument(t, when, s.file.path)
 		abandon(s)
@@ -184,8 +186,8 @@ func TestFilesToMend(t *testing.T) {
 				compare(t, name+", FILE is as it was", readFile(t, path) == strings.ReplaceAll(test.file, "\r", ""), asItWas)
 				late := somebody(9).signUp("late@example.org")
 				if failing {
-					wantError(t, name+", a change", s.commit(late), errNotSaved)
 					wantError(t, name+", checkHealth", s.checkHealth(), errNotSaved)
+					wantError(t, name+", a change", s.commit(late), errNotSaved)
 					compare(t, name+", then", contents(s), test.want)
 					time.Sleep(time.Second)
 					failing = false
@@ -445,9 +447,9 @@ func TestWhenToCompact(t *testing.T) {
 	compactions, fails, ann := 0, false, somebody(1)
 	s := openTestStore(t, scratch(t), func(op, path string, do func() error) error {
 		if op == "create" {
-			if compactions++; fails {
-				return errInjected
-			}
+			compactions++
+		} else if fails && filepath.Ext(path) == ".tmp" {
+			return errors.Join(do(), errInjected)
 		}
 		return noSync(op, path, do)
 	})
@@ -468,6 +470,23 @@ func TestWhenToCompact(t *testing.T) {
 		update("with a failing disk, after one more", 1, 1)
 	}
 	survivesAKill(t, "after compactions that failed", s)
+	compare(t, "the files after them", len(glob(t, s.file.path+"*")), 2) // one is FILE.lock
+}
+
+// TestACompactionThatFailsLate lets the rename of FILE.tmp fail. FILE, which was closed
+// for it, is still there, and GET /healthz tells that it cannot be written.
+func TestACompactionThatFailsLate(t *testing.T) {
+	s := startStore(t, scratch(t), noSync)
+	mustCommit(t, s, somebody(1).signUp("a@example.org"))
+	abandon(s)
+	s = openTestStore(t, s.file.path, func(op, path string, do func() error) error {
+		os.Remove(path + ".tmp") // so that there is nothing to rename
+		return noSync(op, path, do)
+	})
+	s.file.tried = -1 << 30 // a compaction is due after the next change
+	commitLine(t, s, somebody(1).create(ideaID(1), "tea", 5))
+	compare(t, "changes cannot be saved", s.failing.Load(), true)
+	survivesAKill(t, "after a rename that failed", s)
 }
 
 // TestBytesOfACreate counts the bytes of an idea in FILE, before and after a stop.
@@ -521,6 +540,9 @@ func TestChangedBySomebodyElse(t *testing.T) {
 		"emptied":                     func(path, _ string) error { return os.Truncate(path, 0) },
 		"extended":                    func(path, _ string) error { return os.Truncate(path, 9999) },
 		"overwritten by an older one": func(path, older string) error { return os.WriteFile(path, []byte(older), 0o600) },
+		"replaced by a copy": func(path, _ string) error {
+			return errors.Join(os.WriteFile(path+".copy", []byte(readFile(t, path)), 0o600), os.Rename(path+".copy", path))
+		},
 		"replaced by an older one": func(path, older string) error {
 			return errors.Join(os.WriteFile(path+".older", []byte(older), 0o600), os.Rename(path+".older", path))
 		},
@@ -536,14 +558,17 @@ func TestChangedBySomebodyElse(t *testing.T) {
 				t.Logf("this system does not allow that it is %s: %v", name, err)
 				return
 			}
-			mustCommit(t, s, ann.create(ideaID(2), "rain", 6), ann.create(ideaID(3), "snow", 7))
+			mustCommit(t, s, ann.create(ideaID(2), "rain", 6))
+			survivesAKill(t, name+", after a change", s)
+			mustCommit(t, s, ann.create(ideaID(3), "snow", 7))
 			survivesAKill(t, name+", after another change", s)
 			synctest.Wait() // for the log
 			if log := log.String(); !strings.Contains(log, "level=WARN") || strings.Count(log, "\n") != 1 {
 				t.Errorf("%s: got the log\n%s\nwant one warning", name, log)
 			}
+			wantError(t, "a compaction", s.compact(), nil) // so that a stop has no change to write
 			os.Remove(s.file.path)
-			wantError(t, "a stop", s.close(), nil) // without a change
+			wantError(t, "a stop", s.close(), nil)
 			survivesAKill(t, name+", after a stop", s)
 		})
 	}
