@@ -350,9 +350,7 @@ func TestPageNumbers(t *testing.T) {
 // TestFullDisk makes changes while the disk is full. They must have no effect.
 func TestFullDisk(t *testing.T) {
 	var full atomic.Bool
-	log := new(syncBuffer)
 	s := newTestServer(t)
-	s.logger = newLogger(log, true)
 	s.store = startStore(t, filepath.Join(t.TempDir(), "ideas.json"), func(op, _ string, do func() error) error {
 		if op == "write" && full.Load() {
 			return syscall.ENOSPC
@@ -382,9 +380,6 @@ func TestFullDisk(t *testing.T) {
 	full.Store(false)
 	c.expect("GET /healthz", "", "200") // it finds out by itself
 	c.expect("POST /ideas", anIdea, "201", withToken)
-	if n := strings.Count(log.String(), "level=ERROR msg=request"); n != 5 { // although -quiet is set
-		t.Errorf("got the log\n%s\nwant 5 requests that failed", log)
-	}
 }
 
 // Logins under attack and under load:
@@ -467,16 +462,6 @@ func TestClientAddr(t *testing.T) {
 		if got := newTestServer(t).clientAddr(r).String(); got != proxy {
 			t.Errorf("%.50q, without -trust-proxy: got %s, want %s", test.forwarded, got, proxy)
 		}
-	}
-}
-
-// TestForwardedInLog tests that the log has the address that counts.
-func TestForwardedInLog(t *testing.T) {
-	log, s := new(syncBuffer), newTestServer(t, "-trust-proxy")
-	s.logger = newLogger(log, false)
-	newClient(t, s).send("GET /healthz", "", "X-Forwarded-For: 203.0.113.5")
-	if !strings.Contains(log.String(), " client=203.0.113.5 ") {
-		t.Errorf("got the log\n%s\nwant client=203.0.113.5", log)
 	}
 }
 

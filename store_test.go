@@ -41,8 +41,6 @@ func TestKeeps(t *testing.T) {
 		compare(t, when+", the token is active", active, false)
 		compare(t, when, fmt.Sprint(len(s.emails), len(s.sessions), len(s.ideas), len(s.loggedOut)), "2 2 2 1")
 		survivesAKill(t, when, s)
-		abandon(s) // a kill; the next start makes no change
-		s = startStore(t, s.file.path, noSync)
 		wantError(t, "a stop", s.close(), nil)
 		wantOneDocument(t, when, s.file.path)
 		abandon(s)
