@@ -682,14 +682,18 @@ func (o options) validate() error {
 	return nil
 }
 
-var originShape = regexp.MustCompile(`^[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[1-9][0-9]{0,4})?$`)
+var originShape = regexp.MustCompile(`^[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[1-9][0-9]*)?$`)
 
 // isOrigin reports whether s looks like what a browser sends as Origin: a scheme, a
 // host, and a port unless it is the default (RFC 6454 §6.2).
 func isOrigin(s string) bool {
-	isDefault := strings.HasPrefix(s, "http://") && strings.HasSuffix(s, ":80") ||
-		strings.HasPrefix(s, "https://") && strings.HasSuffix(s, ":443")
-	return originShape.MatchString(s) && !isDefault && !strings.HasPrefix(s, "file:")
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme == "file" || !originShape.MatchString(s) {
+		return false
+	}
+	port, err := strconv.ParseUint(cmp.Or(u.Port(), "1"), 10, 16)
+	isDefault := u.Scheme == "http" && port == 80 || u.Scheme == "https" && port == 443
+	return err == nil && !isDefault
 }
 
 func newLogger(w io.Writer, quiet bool) *slog.Logger {

@@ -109,7 +109,7 @@ func TestOrigins(t *testing.T) {
 		null None ** a.example //a.example https:a.example https:// https://a.example/ https://a.example/b
 		https://a.example?b https://a.example# https://a.example,https://b.example https://*.example
 		https://A.example HTTPS://a.example https://bücher.example https://user@a.example https://a.example:
-		https://a.example:443 http://a:80 http://a:0 http://a:08080 http://a:-1 http://a:b
+		https://a.example:443 http://a:80 http://a:0 http://a:65536 http://[:::] http://a:08080 http://a:-1 http://a:b
 		http://[::1 http://[::1%eth0] http://[::FFFF] http://::1 file:// file://localhost`),
 		"", " https://a.example", "https://a.example\n") {
 		if accepted(origin) {

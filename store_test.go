@@ -138,6 +138,24 @@ func TestExpiredIsDropped(t *testing.T) {
 	})
 }
 
+// TestDropWhileOthersRead lets the race detector compare a read with a compaction that
+// drops a session. (In synctest, it would see no race.)
+func TestDropWhileOthersRead(t *testing.T) {
+	s := openTestStore(t, scratch(t), noSync)
+	wantError(t, "a start", s.prepareFile(), nil)
+	old := session{Key: "old", UserID: string(somebody(1)), Start: 1, Expires: 2}
+	commitLine(t, s, somebody(1).signUp("a@example.org"), change{Session: &old})
+	atOnce(9, func(n int) {
+		if n == 0 {
+			wantError(t, "a compaction", s.compact(), nil)
+			return
+		}
+		for range 1000 {
+			s.session("old")
+		}
+	})
+}
+
 // Which files the store reads, mends and rejects:
 
 // TestFilesToMend opens files that are not as a server leaves them, but nothing is lost:
@@ -388,8 +406,8 @@ func TestReadsDuringACompaction(t *testing.T) {
 	})
 }
 
-// TestABackup copies FILE in steps, as cp does, while 16 people write and the store
-// compacts. A copy holds what was acknowledged before, and only what was written.
+// TestABackup copies FILE in steps, as cp does, while 16 people write and read, and the
+// store compacts. A copy holds what was acknowledged before, and only what was written.
 func TestABackup(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("it renames no open file")
@@ -422,11 +440,13 @@ func TestABackup(t *testing.T) {
 		before, text = contents(s), "" // of the next copy
 		in, _ = os.Open(s.file.path)
 	}
+	for n := range 16 {
+		mustCommit(t, s, somebody(n).signUp(fmt.Sprint(n, "@example.org")))
+	}
 	atOnce(16, func(n int) {
-		p := somebody(n)
-		mustCommit(t, s, p.signUp(fmt.Sprint(n, "@example.org")))
 		for range 50 {
-			mustCommit(t, s, p.create(s.ids.next(), "tea", 5))
+			mustCommit(t, s, somebody(n).create(s.ids.next(), "tea", 5))
+			s.pageOfIdeas(string(somebody((n+1)%16)), 1)
 		}
 	})
 	abandon(s)
